@@ -1,0 +1,3467 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["numpy>=1.26", "safetensors>=0.4.3", "tokenizers>=0.20", "jinja2>=3.1", "psutil>=5.9", "threadpoolctl>=3.2"]
+# ///
+"""rustinfer -- an OpenAI-compatible inference server for Llama-3 models, in one file.
+
+    python rustinfer.py --model DIR|HUB_ID --port 8000        serve a model (no --model: the demo model)
+    from rustinfer import LLM, Server                          or use it as a library
+
+Life of a request
+  1. A connection thread reads and checks the request (Server, API): every field is honoured or refused.
+  2. Messages become token ids (Chat template, Tokenizer) on that thread.
+  3. Engine.submit takes the lock for a moment: admission, then a handle to wait on.
+  4. The engine thread, the only one that touches the model, loops: schedule, run, update.
+  5. The scheduler picks sequences and how many tokens of each; the block manager finds KV blocks,
+     reusing those whose prefix is cached.
+  6. The model runs the whole mixed batch once; the sampler draws one token for each complete sequence.
+  7. `update` appends the tokens, detects stops, frees blocks, wakes handles.
+  8. The connection thread turns tokens into text and writes the answer or its events.
+
+Sections, each using only the ones above it
+  Errors, Settings
+  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, Model, Sampler
+  II.  many requests at once:        KV cache, Scheduler, Metrics, Engine, LLM
+  III. the wire:                     API, Server, CLI
+
+Letters: T tokens in the step, B sequences, H query heads, K KV heads, D head_dim, C hidden_size,
+F intermediate_size (or any output width), V vocab, L layers, N blocks, S block size.
+"""
+from __future__ import annotations
+
+import argparse
+import codecs
+import dataclasses
+import datetime
+import email.utils
+import errno
+import functools
+import hashlib
+import http
+import http.server
+import importlib
+import json
+import logging
+import logging.handlers
+import math
+import os
+import queue
+import re
+import secrets
+import select
+import signal
+import socket
+import socketserver
+import sys
+import threading
+import time
+import urllib.parse
+from collections import OrderedDict, deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence as Seq
+
+import jinja2
+import jinja2.sandbox
+import numpy as np
+import psutil
+import safetensors
+import threadpoolctl
+import tokenizers
+
+__version__ = "0.1.0"
+__all__ = ["LLM", "Server", "SamplingParams", "EngineConfig", "RustinferError", "main"]
+
+log = logging.getLogger("rustinfer")
+HERE = Path(__file__).resolve().parent
+
+
+# ==============================================================================
+# Errors -- one tree; an API error knows its HTTP status, type and code
+# uses: nothing
+# ==============================================================================
+
+
+class RustinferError(Exception):
+    """Base of every error this file raises on purpose; the text is meant for the user."""
+
+
+class SettingsError(RustinferError, ValueError):
+    """A setting has a value that is not allowed."""
+
+
+class CheckpointError(RustinferError):
+    """A model folder cannot be served: a file, tensor or config entry is missing or wrong."""
+
+
+class EngineError(RustinferError):
+    """The engine could not finish a request."""
+
+
+class APIError(RustinferError):
+    """An error that is an HTTP answer: raise it anywhere in a request, one place turns it into a response."""
+
+    status, type, code = 400, "invalid_request_error", "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None, headers: dict[str, str] | None = None, **override):
+        super().__init__(message)
+        self.param, self.headers = param, headers or {}
+        self.__dict__.update(override)  # status=, type=, code= of this one error
+
+    def body(self) -> dict:
+        """The JSON body that OpenAI's clients parse."""
+        return {"error": {"message": str(self), "type": self.type, "param": self.param, "code": self.code}}
+
+
+class InvalidTypeError(APIError):
+    """A field has the wrong JSON type."""
+
+    code = "invalid_type"
+
+
+class UnsupportedError(APIError):
+    """A field or a value that this server does not support."""
+
+    code = "unsupported_parameter"
+
+
+class ContextLengthError(APIError):
+    """Prompt and output do not fit in the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class QueueFullError(APIError):
+    """As many requests wait as may wait."""
+
+    status, type, code = 429, "rate_limit_error", "queue_full"
+
+
+class UnavailableError(APIError):
+    """The server is loading, draining or broken."""
+
+    status, type, code = 503, "server_error", "model_loading"
+
+
+def shorten(value: Any, limit: int = 200) -> str:
+    """The value as an error may show it: at most `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+# ==============================================================================
+# Settings -- every flag, environment variable, default and check, once, in one table
+# uses: Errors
+# ==============================================================================
+
+
+def parse_bytes(text: str | int) -> int:
+    """`512MiB`, `4GB`, `2g` or a plain number of bytes."""
+    text = str(text)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise ValueError("a number of bytes such as 4GiB or 500MB")
+    number, unit, binary = match.groups()
+    base = 1000 if unit and not binary and text.strip()[-1] in "bB" else 1024  # GB is decimal; GiB and G are binary
+    return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+
+
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """A parser of whole numbers within bounds."""
+    wanted = f"a whole number from {low} to {high}" if high is not None else f"a whole number of at least {low}"
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"-?[0-9]{1,18}", str(text), re.ASCII) or not low <= int(text) <= (high or 10**18):
+            raise ValueError(wanted)
+        return int(text)
+
+    return parse
+
+
+def number(low: float, high: float) -> Callable[[str], float]:
+    """A parser of finite numbers within bounds."""
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            raise ValueError(f"a number from {low:g} to {high:g}")
+        return value
+
+    return parse
+
+
+def one_of(*allowed: Any) -> Callable[[str], Any]:
+    """A parser of a fixed set of values, compared as text."""
+    table = {str(value): value for value in allowed}
+
+    def parse(text: str) -> Any:
+        if str(text) not in table:
+            raise ValueError("one of " + ", ".join(table))
+        return table[str(text)]
+
+    return parse
+
+
+def parse_device(text: str) -> str:
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", str(text), re.ASCII):
+        raise ValueError("auto, cpu or cuda:N")
+    return "cuda:0" if text == "cuda" else text
+
+
+def parse_text(text: str) -> str:
+    if not str(text).strip():
+        raise ValueError("text that is not empty")
+    return str(text)
+
+
+def parse_origins(text: str) -> str:
+    for origin in str(text).split(","):
+        if origin.strip() != "*" and not re.fullmatch(r"https?://[A-Za-z0-9.\-\[\]:]+", origin.strip(), re.ASCII):
+            raise ValueError("* or origins such as https://example.org, separated by commas")
+    return str(text)
+
+
+def parse_switch(text: str | bool) -> bool:
+    table = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+    if str(text).lower() not in table:
+        raise ValueError("1 or 0, true or false")
+    return table[str(text).lower()]
+
+
+class Setting(NamedTuple):
+    """One setting: its flag, its environment variable and EngineConfig field follow from the name."""
+
+    name: str
+    default: Any
+    parse: Callable[[str], Any]
+    help: str
+    metavar: str = "N"
+    env: str = ""
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return self.env or "RUSTINFER_" + self.name.upper()
+
+
+SETTINGS = (
+    Setting("model", None, parse_text, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID", "MODEL_PATH"),
+    Setting("served_model_name", None, parse_text, "model id in the API (default: the last part of --model)", "NAME"),
+    Setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 is every address", "ADDRESS", "HOST"),
+    Setting("port", 8000, whole(0, 65535), "port to listen on; 0 picks a free one and prints it", "PORT", "PORT"),
+    Setting("device", "auto", parse_device, "auto, cpu or cuda:N", "DEVICE", "DEVICE"),
+    Setting("max_tokens", 1024, whole(1), "tokens to generate when a request names no limit", env="MAX_TOKENS"),
+    Setting("max_model_len", None, whole(1), "longest prompt plus output, in tokens (default: the model's own)"),
+    Setting("max_num_seqs", 64, whole(1, 4096), "sequences that may run at once"),
+    Setting("max_num_batched_tokens", 2048, whole(1, 1 << 20), "tokens that one step may compute"),
+    Setting("block_size", 16, one_of(8, 16, 32, 64, 128), "tokens in one KV block: 8, 16, 32, 64 or 128"),
+    Setting("kv_cache_memory", None, parse_bytes, "KV cache size, such as 4GiB (default: from free memory)", "BYTES"),
+    Setting("gpu_memory_utilization", 0.9, number(0.05, 1.0), "part of the card's memory to use", "PART"),
+    Setting("no_prefix_caching", False, parse_switch, "never reuse the KV blocks of an equal prompt beginning", ""),
+    Setting("no_batch_invariant", False, parse_switch, "faster products whose last bits may depend on the batch", ""),
+    Setting("max_queue", 256, whole(1, 1 << 20), "requests that may wait; more are answered 429"),
+    Setting("max_connections", 400, whole(1, 1 << 16), "open connections; more are answered 503"),
+    Setting("stream_interval", 0.02, number(0, 10), "least time between two writes of one stream", "SECONDS"),
+    Setting("drain_timeout", 30.0, number(0, 86400), "time that running requests get at shutdown", "SECONDS"),
+    Setting("cors_origins", "*", parse_origins, "origins that browsers may call from, separated by commas", "ORIGINS"),
+    Setting("log_level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "LEVEL"),
+)
+
+
+def check_setting(setting: Setting, value: Any, origin: str | None = None) -> Any:
+    """The parsed value, or a SettingsError that names the flag, the value and what is allowed."""
+    try:
+        return setting.parse(value)
+    except ValueError as error:
+        raise SettingsError(f"{origin or setting.flag}: {shorten(value)!r} is not allowed; it takes {error}") from None
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits and choices of one engine; the defaults are the server's."""
+
+    device: str = "auto"
+    max_tokens: int = 1024
+    max_model_len: int | None = None
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 2048
+    block_size: int = 16
+    kv_cache_memory: int | None = None  # bytes
+    gpu_memory_utilization: float = 0.9
+    no_prefix_caching: bool = False
+    no_batch_invariant: bool = False
+    max_queue: int = 256
+    stream_interval: float = 0.02  # seconds
+
+    def __post_init__(self):
+        for setting in SETTINGS:
+            value = getattr(self, setting.name, None)
+            if value is not None:
+                object.__setattr__(self, setting.name, check_setting(setting, value, setting.name))
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How one request draws its tokens; names and meaning as in vLLM.
+
+    temperature 0 is greedy; top_k 0 or -1 and top_p 1 switch the filters off; seed None draws a random one;
+    max_tokens None takes the server's default; logprobs k returns the chosen token's and the k likeliest
+    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
+                                ("seed", -(1 << 63), (1 << 64) - 1), ("max_tokens", 1, 1 << 31), ("logprobs", 0, 20)):
+            value = getattr(self, name)
+            if value is None and name in ("seed", "max_tokens", "logprobs"):
+                continue
+            kind = (int, float) if name in ("temperature", "top_p", "min_p") else (int,)
+            if isinstance(value, bool) or not isinstance(value, kind):
+                raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
+            if not low <= value <= high:  # also refuses NaN
+                raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
+        if self.top_p == 0:
+            raise APIError("top_p is 0; it must be above 0", "top_p")
+        if not all(isinstance(text, str) and text for text in stop):
+            raise APIError("stop must be a string or a list of strings that are not empty", "stop")
+
+
+# ==============================================================================
+# I. FROM TEXT TO THE NEXT TOKEN
+# ==============================================================================
+# Tokenizer -- text to token ids and back, whole or token by token
+# uses: Errors
+# ==============================================================================
+
+BYTES_OF_UNICODE = {  # the printable stand-ins of byte-level BPE (GPT-2), backwards
+    **{chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))},
+    **{chr(256 + i): b for i, b in enumerate((*range(0, 33), *range(127, 161), 173))},
+}
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never part of interchanged text
+
+
+class Tokenizer:
+    """tokenizer.json, read so that a token is bytes and text is the UTF-8 of those bytes.
+
+    Special tokens are control tokens only where a template wrote them: `encode` reads their spellings as plain
+    text, `encode_rendered` as tokens.
+    """
+
+    def __init__(self, folder: Path):
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise CheckpointError(f"{path}: not found; a model folder needs tokenizer.json")
+        try:
+            self.inner = tokenizers.Tokenizer.from_file(str(path))
+            spec = json.loads(path.read_text(encoding="utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{path}: cannot be read as a tokenizer: {shorten(error)}") from None
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        self.settings = read_json(folder / "tokenizer_config.json", {})
+        self._promote_controls(spec)
+        self._plain = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        self._plain.encode_special_tokens = True
+        self._read_decoder(path, spec.get("decoder") or {})
+        self._bytes: dict[int, bytes] = {}
+        self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
+
+    def _promote_controls(self, spec: dict) -> None:
+        """Some files leave end-of-turn tokens unmarked: bos, eos and <|...|> spellings are always control tokens."""
+        added = {token["content"]: token for token in spec.get("added_tokens", [])}
+        named = {self.special_text(name) for name in ("bos_token", "eos_token", "pad_token")}
+        unmarked = [text for text, token in added.items()
+                    if not token.get("special") and (text in named or re.fullmatch(r"<\|.*\|>", text))]
+        self.inner.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in unmarked])
+        self.special_ids = {self.inner.token_to_id(text) for text, token in added.items()
+                            if token.get("special") or text in unmarked}
+        self.specials = sorted((self.inner.id_to_token(i) for i in self.special_ids), key=len, reverse=True)
+        self._added = {token["id"]: token["content"] for token in added.values()}
+        self._special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+
+    def _read_decoder(self, path: Path, decoder: dict) -> None:
+        parts = decoder.get("decoders", [decoder])
+        kinds = {part.get("type") for part in parts}
+        self.byte_level, self.strip_start = "ByteLevel" in kinds, 0
+        if self.byte_level:
+            return
+        if kinds & {"Metaspace", "ByteFallback", "Replace"}:
+            strips = [part.get("start", 0) for part in parts if part.get("type") == "Strip"]
+            self.strip_start = strips[0] if strips else int("Metaspace" in kinds)
+        else:
+            found = ", ".join(sorted(map(str, kinds)))
+            raise CheckpointError(f"{path}: decoder is {found}; ByteLevel and Metaspace/ByteFallback are supported")
+
+    def special_text(self, name: str) -> str:
+        """The text of `bos_token` and the like in tokenizer_config.json, or ''."""
+        value = self.settings.get(name) or ""
+        return value.get("content", "") if isinstance(value, dict) else value
+
+    def token_to_id(self, text: str) -> int | None:
+        return self.inner.token_to_id(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of plain text: no BOS, spellings of special tokens are only text."""
+        return self._plain.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to be continued: with the BOS that the tokenizer adds, spellings are only text."""
+        return self._plain.encode(text, add_special_tokens=True).ids
+
+    def encode_rendered(self, text: str, mark: str) -> list[int]:
+        """Ids of a rendered template: specials are tokens, except where `mark` broke their spelling.
+
+        Text between two specials is encoded as one piece, as the reference does.
+        """
+        ids, start = [], 0
+        for match in self._special_pattern.finditer(text):
+            ids += self.encode(text[start : match.start()].replace(mark, ""))
+            ids.append(self.inner.token_to_id(match.group()))
+            start = match.end()
+        return ids + self.encode(text[start:].replace(mark, ""))
+
+    def break_specials(self, text: str, mark: str) -> str:
+        """The text with `mark` inside every spelling of a special token."""
+        return self._special_pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], text)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to the text; special tokens add none."""
+        if token_id not in self._bytes:
+            self._bytes[token_id] = self._find_bytes(token_id)
+        return self._bytes[token_id]
+
+    def _find_bytes(self, token_id: int) -> bytes:
+        piece = self.inner.id_to_token(token_id)
+        if piece is None or token_id in self.special_ids:
+            return b""
+        if token_id in self._added:
+            return piece.encode()
+        if self.byte_level:
+            known = [BYTES_OF_UNICODE.get(char) for char in piece]
+            return piece.encode() if None in known else bytes(known)
+        return bytes([int(piece[3:5], 16)]) if self.is_byte(token_id) else piece.replace("\u2581", " ").encode()
+
+    def is_byte(self, token_id: int) -> bool:
+        """True for SentencePiece's byte tokens, <0x00> to <0xFF>."""
+        return bool(re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self.inner.id_to_token(token_id) or ""))
+
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text of all the tokens; bytes that are not UTF-8 become U+FFFD."""
+        stream = StreamDecoder(self)
+        return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()
+
+
+class StreamDecoder:
+    """Tokens in, text out; half a character waits for its other half.
+
+    Byte-level models: text is the UTF-8 of all bytes. SentencePiece models: a run of byte tokens is text once it
+    ends, and one U+FFFD a byte if it is not UTF-8, which only its end can tell.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._run = bytearray()
+        self._strip = tokenizer.strip_start  # leading spaces that SentencePiece models add to a text
+
+    def push(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(data)
+        if self._tokenizer.is_byte(token_id):
+            self._run += data
+            return ""
+        return self._stripped(self._end_run() + data.decode()) if data else ""
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            text, self._strip = (text[1:], self._strip - 1) if text[0] == " " else (text, 0)
+        return text
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", True) if self._tokenizer.byte_level else self._stripped(self._end_run())
+
+
+class StopMatcher:
+    """Finds stop strings in streamed text and holds back what may be the start of one."""
+
+    def __init__(self, stops: Seq[str]):
+        self._stops, self._held = tuple(stops), ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show; after a match, `matched` is set and nothing more comes."""
+        if not self._stops or self.matched is not None:
+            return text if self.matched is None else ""
+        held = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            at, self.matched = min(found, key=lambda hit: (hit[0], -len(hit[1])))
+            self._held = ""
+            return held[:at]
+        keep = max(self._overlap(held, stop) for stop in self._stops)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
+def read_json(path: Path, default: Any = None) -> Any:
+    """A JSON file of a model folder; a missing one is `default`, or an error where there is none."""
+    if not path.is_file() and default is not None:
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is not valid JSON: {shorten(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}; a JSON object is expected")
+    return value
+
+
+# ==============================================================================
+# Chat template -- messages to prompt ids, by the model's own template or a built-in one
+# uses: Errors, Tokenizer
+# ==============================================================================
+
+BUILTIN_TEMPLATES = (  # (a special token that gives the family away, its template); the first that fits is taken
+    ("<|start_header_id|>",
+     "{{ '<|begin_of_text|>' }}{% for m in messages %}"
+     "{{ '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' }}"
+     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"),
+    ("<|im_start|>",
+     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}"
+     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"),
+)
+END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>")
+MAX_RENDERED = 8 << 20  # characters; a template that makes more is refused
+
+
+class ChatTemplate:
+    """The model's Jinja template in the immutable sandbox, as transformers runs it."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        source, self.origin = self._find(folder, tokenizer)
+        self._template = None
+        if source is not None:
+            try:
+                self._template = self._environment().from_string(source)
+            except jinja2.TemplateError as error:
+                raise CheckpointError(f"{self.origin}: the chat template does not compile: {shorten(error)}") from None
+
+    @staticmethod
+    def _find(folder: Path, tokenizer: Tokenizer) -> tuple[str | None, str]:
+        """The template's source and where it came from."""
+        path = folder / "chat_template.jinja"
+        if path.is_file():
+            return path.read_text(encoding="utf-8"), str(path)
+        value, origin = tokenizer.settings.get("chat_template"), str(folder / "tokenizer_config.json")
+        if isinstance(value, list):  # several named ones
+            named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+            value = named.get("default") or next(iter(named.values()), None)
+        if isinstance(value, str):
+            return value, origin
+        for token, source in BUILTIN_TEMPLATES:
+            if token in tokenizer.specials:
+                return source, f"built-in template for {token}"
+        return None, "no chat template"
+
+    @staticmethod
+    def _environment() -> jinja2.Environment:
+        def raise_exception(message):
+            raise jinja2.TemplateError(message)
+
+        def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment.filters["tojson"] = tojson
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        return environment
+
+    def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
+        """Prompt ids of a conversation.
+
+        Spellings of special tokens inside the messages are broken with a noncharacter that none of them contains
+        before rendering, and mended after the rendered text is split at the real ones.
+        """
+        strings = json.dumps(messages, ensure_ascii=False)
+        mark = next((char for char in NONCHARACTERS if char not in strings), None)
+        if mark is None:
+            raise APIError("the messages use every Unicode noncharacter from U+FDD0 to U+FDEF", "messages")
+        safe = self._map_strings(messages, lambda text: self._tokenizer.break_specials(text, mark))
+        return self._tokenizer.encode_rendered(self.render(safe, add_generation_prompt), mark)
+
+    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+        """The prompt as text."""
+        if self._template is None:
+            raise APIError("this model has no chat template, and none of the built-in ones fits its vocabulary", "messages")
+        names = {name: self._tokenizer.special_text(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        parts, size = [], 0
+        try:
+            for part in self._template.generate(messages=messages, add_generation_prompt=add_generation_prompt, **names):
+                parts.append(part)
+                size += len(part)
+                if size > MAX_RENDERED:
+                    raise APIError(f"the rendered prompt is longer than {MAX_RENDERED} characters", "messages")
+        except APIError:
+            raise
+        except Exception as error:  # a template is the model's own program: whatever it raises is about these messages
+            raise APIError(f"the chat template refuses these messages: {shorten(error)}", "messages") from None
+        return "".join(parts)
+
+    @classmethod
+    def _map_strings(cls, value: Any, change: Callable[[str], str]) -> Any:
+        if isinstance(value, str):
+            return change(value)
+        if isinstance(value, list):
+            return [cls._map_strings(item, change) for item in value]
+        if isinstance(value, dict):
+            return {change(key): cls._map_strings(item, change) for key, item in value.items()}
+        return value
+
+
+# ==============================================================================
+# Checkpoint -- config.json and safetensors by memory map, sharded, from a folder or the Hub
+# uses: Errors, Tokenizer
+# ==============================================================================
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What config.json says, with HF spellings mapped once, here."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_attention_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: dict | None  # {"rope_type": "linear"|"llama3", ...}; None is plain rope
+    tie_word_embeddings: bool
+    attention_bias: bool
+    mlp_bias: bool
+    eos_token_ids: tuple[int, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> ModelConfig:
+        path = folder / "config.json"
+        spec = read_json(path)
+        cls._check_kind(path, spec)
+        get = functools.partial(cls._positive, path, spec)
+        heads, hidden = get("num_attention_heads"), get("hidden_size")
+        kv_heads = get("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise CheckpointError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        head_dim = get("head_dim", hidden // heads)
+        if head_dim % 2:
+            raise CheckpointError(f"{path}: head_dim is {head_dim}; an even number is expected")
+        theta, scaling = cls._rope(path, spec)
+        return cls(
+            get("vocab_size"), hidden, get("intermediate_size"), get("num_hidden_layers"), heads, kv_heads, head_dim,
+            get("max_position_embeddings", 2048), get("rms_norm_eps", 1e-6, (int, float)), theta, scaling,
+            bool(spec.get("tie_word_embeddings", False)), bool(spec.get("attention_bias", False)),
+            bool(spec.get("mlp_bias", False)), cls._eos(folder, spec))
+
+    @staticmethod
+    def _check_kind(path: Path, spec: dict) -> None:
+        kinds = spec.get("architectures") or [spec.get("model_type")]
+        if kinds[0] not in ("LlamaForCausalLM", "llama"):
+            raise CheckpointError(f"{path}: architecture is {shorten(kinds[0])}; LlamaForCausalLM is supported")
+        if spec.get("hidden_act", "silu") != "silu":
+            raise CheckpointError(f"{path}: hidden_act is {shorten(spec['hidden_act'])}; silu is supported")
+        if spec.get("quantization_config"):
+            raise CheckpointError(f"{path}: has a quantization_config; unquantized bf16, f16 and f32 weights are supported")
+
+    @staticmethod
+    def _positive(path: Path, spec: dict, name: str, default: Any = None, kind: Any = int) -> Any:
+        value = spec.get(name)
+        value = default if value is None else value
+        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1 << 31:
+            raise CheckpointError(f"{path}: {name} is {shorten(value)}; a positive number is expected")
+        return value
+
+    @classmethod
+    def _rope(cls, path: Path, spec: dict) -> tuple[float, dict | None]:
+        """rope_theta and scaling, spelled the old way (top level, rope_scaling) or the new (rope_parameters)."""
+        scaling = spec.get("rope_scaling") or spec.get("rope_parameters") or {}
+        theta = scaling.get("rope_theta") or spec.get("rope_theta") or 10000.0
+        kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        needed = {"default": (), "linear": ("factor",), "llama3": (
+            "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
+        if kind not in needed:
+            raise CheckpointError(f"{path}: rope type is {shorten(kind)}; {', '.join(needed)} are supported")
+        for name in needed[kind]:
+            cls._positive(path, scaling, name, kind=(int, float))
+        return float(theta), {**scaling, "rope_type": kind} if kind != "default" else None
+
+    @staticmethod
+    def _eos(folder: Path, spec: dict) -> tuple[int, ...]:
+        """End-of-sequence ids of generation_config.json, else config.json."""
+        value = read_json(folder / "generation_config.json", {}).get("eos_token_id", spec.get("eos_token_id"))
+        ids = value if isinstance(value, list) else [value]
+        return tuple(i for i in ids if isinstance(i, int))
+
+    @property
+    def group_size(self) -> int:
+        return self.num_attention_heads // self.num_kv_heads
+
+
+class RawTensor(NamedTuple):
+    """A tensor as it lies in the file: `data` is memory-mapped, bf16 as uint16."""
+
+    data: np.ndarray
+    dtype: str  # safetensors' name: BF16, F16 or F32
+
+    def to_float32(self) -> np.ndarray:
+        if self.dtype == "BF16":  # a bfloat16 is the upper half of a float32
+            wide = self.data.astype(np.uint32)
+            return np.left_shift(wide, 16, out=wide).view(np.float32)
+        return self.data.astype(np.float32)
+
+
+class Checkpoint:
+    """The tensors of a model folder by name; closing it drops the maps."""
+
+    DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._where: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}  # name -> file, dtype, shape, offset
+        for path in self._files():
+            self._read_header(path)
+        self.num_bytes = sum(math.prod(shape) * np.dtype(self.DTYPES[dtype]).itemsize
+                             for _, dtype, shape, _ in self._where.values())
+
+    def _files(self) -> list[Path]:
+        index = self.folder / "model.safetensors.index.json"
+        if not index.is_file():
+            if not (self.folder / "model.safetensors").is_file():
+                raise CheckpointError(f"{self.folder}: has neither model.safetensors nor model.safetensors.index.json")
+            return [self.folder / "model.safetensors"]
+        names = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())))
+        for name in names:  # a model may name only files inside its own folder
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise CheckpointError(f"{index}: weight_map names {shorten(name)!r}; a .safetensors file beside it is expected")
+            if not (self.folder / name).is_file():
+                raise CheckpointError(f"{self.folder / name}: not found; {index.name} names it")
+        return [self.folder / name for name in names]
+
+    def _read_header(self, path: Path) -> None:
+        try:
+            with safetensors.safe_open(path, framework="np"):  # the library checks lengths, offsets and overlaps
+                pass
+            with open(path, "rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(size))
+        except (safetensors.SafetensorError, OSError, ValueError) as error:
+            found = path.stat().st_size
+            raise CheckpointError(f"{path}: not a whole safetensors file ({found} bytes): {shorten(error)}") from None
+        for name, entry in header.items():
+            if name != "__metadata__" and entry["dtype"] in self.DTYPES:
+                self._where[name] = (path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
+            elif name != "__metadata__" and name.endswith("weight"):
+                raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; BF16, F16 and F32 are supported")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
+        """The named tensor, whose shape must be `shape`."""
+        if name not in self._where:
+            raise CheckpointError(f"{self.folder}: tensor {name} {list(shape)} is missing")
+        path, dtype, found, offset = self._where[name]
+        if found != shape:
+            raise CheckpointError(f"{path}: tensor {name} has shape {list(found)}; config.json implies {list(shape)}")
+        return RawTensor(np.memmap(path, self.DTYPES[dtype], "r", offset, shape), dtype)
+
+
+def find_data(name: str) -> Path | None:
+    """The project's `demo`, `kernels` or `web` folder: in the installed package, or beside this file."""
+    return next((root / name for root in (HERE / "rustinfer_data", HERE) if (root / name).is_dir()), None)
+
+
+def resolve_model(model: str | os.PathLike | None) -> Path:
+    """The folder of a local model, or of a Hub model after its download (progress bars, HF_HUB_OFFLINE).
+
+    None is the demo model, where this file has it beside itself or in its package.
+    """
+    if model is None:
+        if (demo := find_data("demo")) is None:
+            raise SettingsError("--model: there is no demo model beside this file; pass a model folder or a Hub id")
+        return demo
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", str(model), re.ASCII) or path.exists():
+        raise CheckpointError(f"--model {shorten(str(model))}: not a folder, and not a Hub id such as meta-llama/Llama-3.2-1B-Instruct")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(
+            str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["original/*", "*/*"]))
+    except Exception as error:  # the library's errors share no base
+        raise CheckpointError(f"--model {model}: no such folder, and the Hub download failed: {shorten(error, 400)}") from None
+
+
+# ==============================================================================
+# Backend -- every op as array expressions, on NumPy or CuPy; backends with kernels override ops
+# uses: Errors
+# ==============================================================================
+
+
+@dataclass
+class Batch:
+    """The arrays of one step; a sequence runs its tokens [num_computed, num_computed + num_scheduled)."""
+
+    input_ids: np.ndarray  # (T,) int64
+    positions: np.ndarray  # (T,) int64
+    slot_mapping: np.ndarray  # (T,) int64, where each token's key and value go: block_id * S + offset
+    cu_seqlens_q: np.ndarray  # (B+1,) int64, sequence b owns tokens [cu[b], cu[b+1])
+    context_lens: np.ndarray  # (B,) int64, cached tokens once this step's are written
+    block_tables: np.ndarray  # (B, max blocks) int64, padded with 0
+    logits_indices: np.ndarray  # (R,) int64, the tokens whose logits are wanted
+
+
+class BlasThreads:
+    """Holds BLAS at one thread while any NumPy engine lives: its products then have one summation order.
+
+    The thread count belongs to the process, so the count of holders does too.
+    """
+
+    _lock, _holders, _limiter = threading.Lock(), 0, None
+
+    @classmethod
+    def hold(cls) -> None:
+        with cls._lock:
+            cls._holders += 1
+            if cls._holders == 1:
+                cls._limiter = threadpoolctl.threadpool_limits(limits=1, user_api="blas")
+
+    @classmethod
+    def release(cls) -> None:
+        with cls._lock:
+            cls._holders -= 1
+            if cls._holders == 0:
+                cls._limiter.restore_original_limits()
+                cls._limiter = None
+
+
+class ArrayBackend:
+    """Every op once, as array expressions: the specification, and what runs without kernels.
+
+    Batch invariance. A BLAS picks its summation order by the shape of a product and by a row's place in it, so a
+    row's bits would depend on the batch. Here every product runs in tiles of a fixed number of rows, each tile one
+    call of the same shape. At load `calibrate` looks for the largest tile within which a row's place does not
+    matter either; OpenBLAS differs by CPU.
+    """
+
+    TILES = (32, 16, 8, 4, 1)  # rows; 1 is a matrix-vector product, which has no neighbours
+    KV_CHUNK = 128  # keys; attention sums within a chunk first, then over chunks in order
+    QUERY_CHUNK = 128  # queries attended at once, which bounds the scores in memory
+    PARALLEL_SIZE = 1 << 18  # weights with at least this many elements are split over the threads
+
+    def __init__(self, xp: Any = np, threads: int = 1, batch_invariant: bool = True):
+        self.xp, self.batch_invariant = xp, batch_invariant
+        self.tile = self.attention_tile = 8
+        self.on_host = xp is np
+        self._pool = ThreadPoolExecutor(threads - 1, "rustinfer-blas") if threads > 1 and batch_invariant else None
+        self.threads = threads if self._pool else 1
+        self._holds_blas = self.on_host and batch_invariant
+        if self._holds_blas:
+            BlasThreads.hold()
+
+    @property
+    def name(self) -> str:
+        return "NumPy" if self.on_host else "CuPy arrays"
+
+    @property
+    def device_index(self) -> int | None:
+        """Which card, or None on the host."""
+        return None if self.on_host else self.xp.cuda.Device().id
+
+    def bytes_for_cache(self, gpu_memory_utilization: float) -> int:
+        """Memory that the KV cache may take: a quarter of what the host has free, or the card's share."""
+        if self.on_host:
+            return psutil.virtual_memory().available // 4
+        free, total = self.xp.cuda.runtime.memGetInfo()
+        return int(free - (1 - gpu_memory_utilization) * total)
+
+    def close(self) -> None:
+        """Give back threads and, on a card, memory; the arrays are dropped by now."""
+        if self._pool:
+            self._pool.shutdown()
+        if not self.on_host:
+            self.xp.get_default_memory_pool().free_all_blocks()
+        if self._holds_blas:
+            self._holds_blas = False
+            BlasThreads.release()
+
+    def to_device(self, array: np.ndarray) -> Any:
+        return array if self.on_host else self.xp.asarray(array)
+
+    def to_host(self, array: Any) -> np.ndarray:
+        return array if self.on_host else self.xp.asnumpy(array)
+
+    def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
+        """Choose the tiles: the largest whose rows keep their bits wherever they stand in the tile.
+
+        shapes: (F, C) of the model's weights. A BLAS treats the last rows of a weight, which fill no whole register,
+        in their own way: the probes are low, but leave the same remainders.
+        """
+        if not self.batch_invariant:
+            return
+        rng = np.random.default_rng(0)
+        draw = lambda *shape: self.to_device(rng.standard_normal(shape, np.float32))
+        probes = {(192 + (stop - start) % 192, width) for height, width in shapes
+                  for start, stop in self._parts(height, width)}
+        weights = [draw(*probe) for probe in sorted(probes)]
+        keys, values = draw(self.KV_CHUNK, head_dim).T, draw(self.KV_CHUNK, head_dim)
+        self.tile = next(r for r in self.TILES if all(
+            self._keeps_bits(r, draw(r, w.shape[1]), lambda x, w=w: self._product(x[None], w)[0]) for w in weights))
+        self.attention_tile = next(r for r in self.TILES[2:] if
+                                   self._keeps_bits(r, draw(r, head_dim), lambda x: x @ keys)
+                                   and self._keeps_bits(r, draw(r, self.KV_CHUNK), lambda p: p @ values))
+
+    def _keeps_bits(self, rows: int, x: Any, product: Callable[[Any], Any]) -> bool:
+        expected = product(x)
+        return all(bool((product(self.xp.roll(x, shift, 0)) == self.xp.roll(expected, shift, 0)).all())
+                   for shift in range(1, rows))
+
+    def embedding(self, input_ids: Any, table: Any) -> Any:
+        """Rows of the table: input_ids (T,), table (V, C) -> (T, C)."""
+        return table[input_ids]
+
+    def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
+        """y = x / sqrt(mean(x^2) + eps) * weight: x (T, C), weight (C,) (Zhang & Sennrich 2019, 1910.07467)."""
+        return x / self.xp.sqrt((x * x).mean(-1, keepdims=True) + self.xp.float32(eps)) * weight
+
+    def linear(self, x: Any, weight: Any, bias: Any = None) -> Any:
+        """y = x @ weight.T + bias: x (T, C), weight (F, C), bias (F,) or None -> (T, F)."""
+        if not self.batch_invariant:
+            y = x @ weight.T
+        else:
+            num_rows, width = x.shape
+            num_tiles = -(-num_rows // self.tile)
+            if num_tiles * self.tile != num_rows:
+                padded = self.xp.zeros((num_tiles * self.tile, width), np.float32)
+                padded[:num_rows] = x
+                x = padded
+            y = self._product(x.reshape(num_tiles, self.tile, width), weight).reshape(-1, len(weight))[:num_rows]
+        return y if bias is None else y + bias
+
+    def _parts(self, height: int, width: int) -> list[tuple[int, int]]:
+        """How the rows of a weight are shared out over the threads; depends on nothing but its shape."""
+        count = self.threads if height * width >= self.PARALLEL_SIZE else 1
+        return [(height * i // count, height * (i + 1) // count) for i in range(count)]
+
+    def _product(self, tiles: Any, weight: Any) -> Any:
+        """tiles (n, rows, C), weight (F, C) -> (n, rows, F), as weight @ tile.T: rows then share vector lanes."""
+        first, *others = self._parts(*weight.shape)
+        if not others:
+            return self.xp.matmul(weight, tiles.swapaxes(1, 2)).swapaxes(1, 2)
+        out = np.empty((len(tiles), len(weight), tiles.shape[1]), np.float32)
+        run = lambda start, stop: np.matmul(weight[start:stop], tiles.swapaxes(1, 2), out=out[:, start:stop])
+        futures = [self._pool.submit(run, *part) for part in others]
+        run(*first)
+        for future in futures:
+            future.result()
+        return out.swapaxes(1, 2)
+
+    def rope(self, x: Any, cos: Any, sin: Any) -> Any:
+        """Rotate the halves of each head (Su et al. 2021, 2104.09864): x (T, heads, D), cos, sin (T, 1, D/2)."""
+        half = x.shape[-1] // 2
+        low, high = x[..., :half], x[..., half:]
+        return self.xp.concatenate((low * cos - high * sin, high * cos + low * sin), -1)
+
+    def append_kv(self, kv_cache: Any, k: Any, v: Any, slot_mapping: Any) -> None:
+        """Write keys and values of new tokens: kv_cache (2, N, S, K, D), k, v (T, K, D), slot_mapping (T,)."""
+        slots = kv_cache.reshape(2, -1, *kv_cache.shape[3:])  # a view: the cache is contiguous
+        slots[0][slot_mapping] = k
+        slots[1][slot_mapping] = v
+
+    def attention_plan(self, batch: Batch) -> list[AttentionGroup]:
+        """Split a batch into groups of like-shaped pieces; a piece is up to QUERY_CHUNK queries of one sequence."""
+        pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+        for b, (start, stop) in enumerate(zip(batch.cu_seqlens_q[:-1].tolist(), batch.cu_seqlens_q[1:].tolist())):
+            for first in range(start, stop, self.QUERY_CHUNK):
+                last = min(first + self.QUERY_CHUNK, stop)
+                context = int(batch.positions[last - 1]) + 1
+                num_chunks = -(-context // self.KV_CHUNK)
+                if last - first == 1:  # single queries of similar contexts go together
+                    num_chunks = 1 << (num_chunks - 1).bit_length()
+                pieces.setdefault((last - first, num_chunks), []).append((b, first, context))
+        return [AttentionGroup.make(self, batch, *shape, members) for shape, members in pieces.items()]
+
+    def paged_attention(self, q: Any, kv_cache: Any, plan: list[AttentionGroup], scale: float) -> Any:
+        """Causal attention of new queries over all cached keys of their sequence (Kwon et al. 2023, 2309.06180).
+
+        q (T, H, D), kv_cache (2, N, S, K, D) -> (T, H, D); scores and sums in float32.
+        """
+        out = self.xp.empty_like(q)
+        for group in plan:
+            out[group.tokens] = self._attend(q[group.tokens], kv_cache, group, scale)
+        return out
+
+    def _attend(self, q: Any, kv_cache: Any, group: AttentionGroup, scale: float) -> Any:
+        """q (n, t, H, D) -> (n, t, H, D). Axes inside: piece n, KV chunk c, KV head K, row tile, row, then D or keys."""
+        xp, (n, t, heads, dim), kv_heads, rows = self.xp, q.shape, kv_cache.shape[3], self.attention_tile
+        length = t * heads // kv_heads
+        tiles = -(-length // rows)
+        padded = xp.zeros((n, 1, kv_heads, tiles * rows, dim), np.float32)
+        padded[:, 0, :, :length] = q.reshape(n, t, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, length, dim)
+        padded = padded.reshape(n, 1, kv_heads, tiles, rows, dim)
+        k, v = (self._gather(kv_cache[i], group) for i in (0, 1))  # (n, c, K, 1, keys, D)
+        for piece, context in enumerate(group.context_lens):  # whatever lies behind the context must not reach a sum
+            v[piece].swapaxes(1, 3).reshape(-1, kv_heads, dim)[context:] = 0
+        scores = xp.matmul(padded, k.swapaxes(-1, -2)) * xp.float32(scale)
+        scores = xp.where(group.mask, scores, xp.float32(-xp.inf))
+        weights = xp.exp(scores - scores.max((1, -1), keepdims=True))
+        total = self._sum_chunks(weights.sum(-1, keepdims=True))
+        out = self._sum_chunks(xp.matmul(weights, v)) / total
+        out = out.reshape(n, kv_heads, tiles * rows, dim)[:, :, :length].reshape(n, kv_heads, t, -1, dim)
+        return out.transpose(0, 2, 1, 3, 4).reshape(n, t, heads, dim)
+
+    def _gather(self, cache: Any, group: AttentionGroup) -> Any:
+        """Blocks of each piece as chunks of keys: cache (N, S, K, D) -> (n, c, K, 1, KV_CHUNK, D), a private copy."""
+        blocks = cache[group.block_tables]
+        n, (kv_heads, dim) = len(blocks), cache.shape[2:]
+        return blocks.reshape(n, -1, self.KV_CHUNK, 1, kv_heads, dim).transpose(0, 1, 4, 3, 2, 5)
+
+    @staticmethod
+    def _sum_chunks(parts: Any) -> Any:
+        """Sum over the chunk axis in order: later, masked chunks add exact zeros and change no bit."""
+        total = parts[:, 0].copy()
+        for chunk in range(1, parts.shape[1]):
+            total += parts[:, chunk]
+        return total
+
+    def silu_mul(self, gate_up: Any) -> Any:
+        """silu(gate) * up (Shazeer 2020, 2002.05202): gate_up (T, 2F) -> (T, F)."""
+        gate, up = self.xp.split(gate_up, 2, -1)
+        return gate / (1 + self.xp.exp(-gate)) * up
+
+    def log_softmax(self, logits: Any) -> Any:
+        """Log-probabilities (natural log) over the last axis."""
+        shifted = logits - logits.max(-1, keepdims=True)
+        return shifted - self.xp.log(self.xp.exp(shifted).sum(-1, keepdims=True))
+
+
+@dataclass
+class AttentionGroup:
+    """Pieces of one shape, attended together: n pieces of t queries over c chunks of keys."""
+
+    tokens: Any  # (n, t) which tokens of the step
+    block_tables: Any  # (n, c * KV_CHUNK / S)
+    context_lens: list[int]  # (n,) keys that the last query of a piece may see
+    mask: Any  # (n, c, 1, tiles, rows, KV_CHUNK) bool, True where a query may see a key
+
+    @classmethod
+    def make(cls, backend: ArrayBackend, batch: Batch, t: int, num_chunks: int, members: list) -> AttentionGroup:
+        backend_rows, group_size, block_size = backend.attention_tile, backend.group_size, backend.block_size
+        tokens = np.array([first for _, first, _ in members])[:, None] + np.arange(t)
+        num_blocks = num_chunks * backend.KV_CHUNK // block_size
+        tables = np.zeros((len(members), num_blocks), np.int64)
+        for row, (b, _, _) in enumerate(members):
+            known = batch.block_tables[b, :num_blocks]
+            tables[row, : len(known)] = known
+        length = t * group_size
+        seen = np.zeros((len(members), -(-length // backend_rows) * backend_rows), np.int64)  # padding sees key 0
+        seen[:, :length] = np.repeat(batch.positions[tokens], group_size, axis=1)
+        keys = np.arange(num_chunks * backend.KV_CHUNK).reshape(1, num_chunks, 1, 1, 1, backend.KV_CHUNK)
+        mask = keys <= seen.reshape(len(members), 1, 1, -1, backend_rows, 1)
+        to_device = backend.to_device
+        return cls(to_device(tokens), to_device(tables), [context for _, _, context in members], to_device(mask))
+
+
+def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
+    """The backend for `config.device`, and in words why it was chosen."""
+    if config.device != "cpu":
+        device, reason = find_card(config.device)
+        if device is not None:
+            import cupy
+
+            device.use()
+            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), reason
+    else:
+        reason = "--device cpu"
+    threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return ArrayBackend(np, min(threads, 16), not config.no_batch_invariant), reason
+
+
+def find_card(wanted: str) -> tuple[Any, str]:
+    """CuPy's device for `auto` or `cuda:N`, or None with the reason; `cuda:N` that cannot be had is an error."""
+    index = 0 if wanted == "auto" else int(wanted.partition(":")[2])
+    try:
+        import cupy
+
+        count = cupy.cuda.runtime.getDeviceCount()
+        if index >= count:
+            raise ValueError(f"CuPy sees {count} card(s)")
+        return cupy.cuda.Device(index), f"CuPy sees {count} card(s)"
+    except ImportError:
+        reason = "CuPy is not installed"
+    except Exception as error:  # CuPy's own errors, which cannot be named before it is imported
+        reason = shorten(str(error).split("\n")[0])
+    if wanted != "auto":
+        raise SettingsError(f"--device: {wanted!r} cannot be used: {reason}; install rustinfer[cuda12] or use --device cpu")
+    return None, f"no card: {reason}"
+
+
+# ==============================================================================
+# Model -- the Llama forward pass over one mixed batch
+# uses: Errors, Checkpoint, Backend
+# ==============================================================================
+
+
+class Layer(NamedTuple):
+    """One decoder layer's weights, float32 on the device; q, k, v and gate, up are stacked."""
+
+    attention_norm: Any  # (C,)
+    qkv: Any  # ((H + 2K) D, C)
+    qkv_bias: Any  # ((H + 2K) D,) or None
+    output: Any  # (C, H D)
+    output_bias: Any
+    mlp_norm: Any  # (C,)
+    gate_up: Any  # (2F, C)
+    gate_up_bias: Any
+    down: Any  # (C, F)
+    down_bias: Any
+
+
+def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (max_model_len, 1, D/2) in float32, with the float32 arithmetic of the reference.
+
+    llama3 scaling stretches long wavelengths by `factor`, keeps short ones and blends between (Llama 3.1).
+    """
+    inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
+    inverse = inverse.astype(np.float32)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        inverse = inverse / np.float32(scaling["factor"])
+    elif scaling.get("rope_type") == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * inverse / (2 * np.float32(math.pi))
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        inverse = ((1 - smooth) * inverse / scaling["factor"] + smooth * inverse).astype(np.float32)
+    angles = np.arange(max_model_len, dtype=np.float32)[:, None, None] * inverse
+    return np.cos(angles), np.sin(angles)
+
+
+class Llama:
+    """The model: weights on the device, and `run`, which computes one step."""
+
+    def __init__(self, config: ModelConfig, backend: ArrayBackend, max_model_len: int, block_size: int):
+        self.config, self.backend, self.block_size = config, backend, block_size
+        backend.group_size, backend.block_size = config.group_size, block_size
+        self.cos, self.sin = map(backend.to_device, rope_tables(config, max_model_len))
+        self.kv_cache: Any = None  # (2, L, N, S, K, D) float32; Engine sets it
+        self.num_parameters = 0
+
+    def load(self, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda part: None) -> None:
+        """Read every weight, widened to float32."""
+        c = self.config
+        q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        self.backend.calibrate([(q + 2 * kv, c.hidden_size), (c.hidden_size, q), (2 * c.intermediate_size, c.hidden_size),
+                                (c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size)], c.head_dim)
+        self.embed = self._read(checkpoint, "model.embed_tokens", (c.vocab_size, c.hidden_size))
+        self.layers = []
+        for index in range(c.num_layers):
+            self.layers.append(self._read_layer(checkpoint, f"model.layers.{index}."))
+            progress((index + 1) / (c.num_layers + 1))
+        self.norm = self._read(checkpoint, "model.norm", (c.hidden_size,))
+        tied = c.tie_word_embeddings or "lm_head.weight" not in checkpoint
+        if tied and not c.tie_word_embeddings:
+            raise CheckpointError(f"{checkpoint.folder}: tensor lm_head.weight [{c.vocab_size}, {c.hidden_size}] is missing")
+        self.head = self.embed if tied else self._read(checkpoint, "lm_head", (c.vocab_size, c.hidden_size))
+        progress(1.0)
+
+    def _read(self, checkpoint: Checkpoint, names: str | list[str], *shapes: tuple[int, ...], kind: str = "weight") -> Any:
+        """One tensor, or several stacked along the first axis."""
+        names = [names] if isinstance(names, str) else names
+        parts = [checkpoint.tensor(f"{name}.{kind}", shape).to_float32() for name, shape in zip(names, shapes)]
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self.num_parameters += array.size
+        return self.backend.to_device(np.ascontiguousarray(array))
+
+    def _read_layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
+        c = self.config
+        q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        hidden, inner = c.hidden_size, c.intermediate_size
+
+        def read(biased: bool, names: str, width: int, *heights: int) -> tuple[Any, Any]:
+            full = [prefix + name for name in names.split()]
+            bias = self._read(checkpoint, full, *[(h,) for h in heights], kind="bias") if biased else None
+            return self._read(checkpoint, full, *[(h, width) for h in heights]), bias
+
+        return Layer(
+            self._read(checkpoint, prefix + "input_layernorm", (hidden,)),
+            *read(c.attention_bias, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", hidden, q, kv, kv),
+            *read(c.attention_bias, "self_attn.o_proj", q, hidden),
+            self._read(checkpoint, prefix + "post_attention_layernorm", (hidden,)),
+            *read(c.mlp_bias, "mlp.gate_proj mlp.up_proj", hidden, inner, inner),
+            *read(c.mlp_bias, "mlp.down_proj", inner, hidden))
+
+    def kv_block_bytes(self) -> int:
+        """Bytes of one KV block over all layers."""
+        c = self.config
+        return 2 * c.num_layers * self.block_size * c.num_kv_heads * c.head_dim * 4
+
+    def allocate_kv_cache(self, num_blocks: int) -> None:
+        c = self.config
+        shape = (2, c.num_layers, num_blocks, self.block_size, c.num_kv_heads, c.head_dim)
+        self.kv_cache = self.backend.xp.zeros(shape, np.float32)  # on the host the pages come when first written
+
+    def run(self, batch: Batch) -> Any:
+        """One step: writes the new tokens' keys and values, returns the wanted logits (R, V) in float32."""
+        ops, c = self.backend, self.config
+        plan = ops.attention_plan(batch)
+        positions, slots = ops.to_device(batch.positions), ops.to_device(batch.slot_mapping)
+        cos, sin = self.cos[positions], self.sin[positions]
+        x = ops.embedding(ops.to_device(batch.input_ids), self.embed)
+        for index, layer in enumerate(self.layers):
+            x = x + self._attention(layer, x, self.kv_cache[:, index], plan, cos, sin, slots)
+            hidden = ops.silu_mul(ops.linear(ops.rms_norm(x, layer.mlp_norm, c.rms_norm_eps), layer.gate_up, layer.gate_up_bias))
+            x = x + ops.linear(hidden, layer.down, layer.down_bias)
+        x = ops.rms_norm(x[ops.to_device(batch.logits_indices)], self.norm, c.rms_norm_eps)
+        return ops.linear(x, self.head)
+
+    def _attention(self, layer: Layer, x: Any, kv_cache: Any, plan: list, cos: Any, sin: Any, slots: Any) -> Any:
+        ops, c = self.backend, self.config
+        heads = c.num_attention_heads + c.num_kv_heads  # queries and keys turn, values do not
+        qkv = ops.linear(ops.rms_norm(x, layer.attention_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.reshape(len(x), -1, c.head_dim)
+        turned = ops.rope(qkv[:, :heads], cos, sin)
+        q, k = turned[:, : c.num_attention_heads], turned[:, c.num_attention_heads :]
+        ops.append_kv(kv_cache, k, qkv[:, heads:], slots)
+        attended = ops.paged_attention(q, kv_cache, plan, c.head_dim**-0.5)
+        return ops.linear(attended.reshape(len(x), -1), layer.output, layer.output_bias)
+
+    def close(self) -> None:
+        """Drop the weights and the cache, and give the device its memory back."""
+        self.layers, self.embed, self.head, self.norm, self.kv_cache = [], None, None, None, None
+        self.cos = self.sin = None
+        self.backend.close()
+
+
+# ==============================================================================
+# Sampler -- logits to token ids and log-probabilities
+# uses: Settings, Backend
+# ==============================================================================
+
+
+def philox_uniform(xp: Any, seeds: Any, choices: Any, positions: Any) -> Any:
+    """One number in (0, 1) for each row, a pure function of its seed, choice and position.
+
+    Philox4x32-10 (Salmon et al. 2011): key = the seed's two words, counter = (position, choice, 0, 0).
+    seeds (n,) uint64, choices, positions (n,) -> (n,) float64 with 32 random bits.
+    """
+    mask, low = xp.uint64(0xFFFFFFFF), lambda x: x & xp.uint64(0xFFFFFFFF)
+    keys = [low(seeds), seeds >> xp.uint64(32)]
+    counter = [low(positions.astype(xp.uint64)), low(choices.astype(xp.uint64)), xp.zeros_like(seeds), xp.zeros_like(seeds)]
+    for _ in range(10):
+        first, second = counter[0] * xp.uint64(0xD2511F53), counter[2] * xp.uint64(0xCD9E8D57)
+        counter = [(second >> xp.uint64(32)) ^ counter[1] ^ keys[0], second & mask,
+                   (first >> xp.uint64(32)) ^ counter[3] ^ keys[1], first & mask]
+        keys = [low(keys[0] + xp.uint64(0x9E3779B9)), low(keys[1] + xp.uint64(0xBB67AE85))]
+    return (counter[0].astype(xp.float64) + 0.5) / 2.0**32
+
+
+class Sampled(NamedTuple):
+    """One drawn token; logprob and top are None unless asked for, `finite` is False when the logits were broken."""
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] | None  # likeliest first: (token id, logprob)
+    finite: bool
+
+
+class Sampler:
+    """Draws one token a row; each row has its own parameters, and no row's draw depends on another row."""
+
+    def __init__(self, backend: ArrayBackend):
+        self._backend, self._xp = backend, backend.xp
+
+    def sample(self, logits: Any, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int],
+               positions: Seq[int]) -> list[Sampled]:
+        """logits (B, V) float32; row b is drawn with params[b] from (seeds[b], choices[b], positions[b])."""
+        xp, to_host = self._xp, self._backend.to_host
+        token_ids = logits.argmax(-1)
+        filtered = lambda p: p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+        for wanted in (False, True):  # only rows with a filter pay for sorting the vocabulary
+            drawn = [row for row, p in enumerate(params) if p.temperature > 0 and filtered(p) == wanted]
+            if not drawn:
+                continue
+            rows = self._backend.to_device(np.array(drawn))
+            array = lambda values, kind: self._backend.to_device(np.array([values[row] for row in drawn], kind))
+            uniform = philox_uniform(xp, array(seeds, np.uint64), array(choices, np.int64), array(positions, np.int64))
+            draw = self._draw_filtered if wanted else self._draw
+            token_ids[rows] = draw(logits[rows], [params[row] for row in drawn], uniform)
+        finite = to_host(xp.isfinite(xp.take_along_axis(logits, token_ids[:, None], -1))[:, 0]).tolist()
+        logprobs = self._logprobs(logits, token_ids, params)
+        return [Sampled(token, *logprobs.get(row, (None, None)), ok)
+                for row, (token, ok) in enumerate(zip(to_host(token_ids).tolist(), finite))]
+
+    def _column(self, params: list[SamplingParams], name: str) -> Any:
+        return self._backend.to_device(np.array([getattr(p, name) for p in params], np.float64))[:, None]
+
+    def _draw(self, logits: Any, params: list[SamplingParams], uniform: Any) -> Any:
+        """Invert the distribution at `uniform`: logits (n, V), uniform (n,) -> token ids (n,)."""
+        scaled = logits.astype(self._xp.float64) / self._column(params, "temperature")
+        return self._invert(self._xp.exp(scaled - scaled.max(-1, keepdims=True)), uniform)
+
+    def _invert(self, weights: Any, uniform: Any) -> Any:
+        """The first place at which the running sum passes `uniform` of the whole."""
+        sums = self._xp.cumsum(weights, -1)
+        place = (sums <= uniform[:, None] * sums[:, -1:]).sum(-1)
+        return self._xp.minimum(place, weights.shape[-1] - 1)
+
+    def _draw_filtered(self, logits: Any, params: list[SamplingParams], uniform: Any) -> Any:
+        """As `_draw`, among the tokens that top_k, min_p and top_p leave, likeliest first."""
+        xp, column = self._xp, functools.partial(self._column, params)
+        scaled = logits.astype(xp.float64) / column("temperature")
+        order = xp.argsort(-scaled, axis=-1, kind="stable")
+        scaled = xp.take_along_axis(scaled, order, -1)
+        weights = xp.exp(scaled - scaled[:, :1])
+        rank, top_k = xp.arange(scaled.shape[-1]), column("top_k")
+        weights = xp.where((rank < xp.where(top_k > 0, top_k, xp.inf)) & (weights >= column("min_p")), weights, 0.0)
+        sums = xp.cumsum(weights, -1)
+        weights = xp.where(sums - weights < column("top_p") * sums[:, -1:], weights, 0.0)  # keeps the token that reaches it
+        return xp.take_along_axis(order, self._invert(weights, uniform)[:, None], -1)[:, 0]
+
+    def _logprobs(self, logits: Any, token_ids: Any, params: Seq[SamplingParams]) -> dict[int, tuple[float, tuple]]:
+        """Row -> (the chosen token's logprob, the likeliest tokens) for the rows that ask."""
+        asked = [row for row, p in enumerate(params) if p.logprobs is not None]
+        if not asked:
+            return {}
+        xp, rows = self._xp, self._backend.to_device(np.array(asked))
+        values = self._backend.log_softmax(logits[rows])
+        chosen = self._backend.to_host(xp.take_along_axis(values, token_ids[rows][:, None], -1)[:, 0])
+        values = self._backend.to_host(values)
+        return {row: (float(chosen[i]), self._top(values[i], params[row].logprobs)) for i, row in enumerate(asked)}
+
+    @staticmethod
+    def _top(values: np.ndarray, k: int) -> tuple[tuple[int, float], ...]:
+        best = np.argpartition(-values, min(k, len(values) - 1))[:k] if k else np.empty(0, np.int64)
+        ranked = best[np.lexsort((best, -values[best]))]
+        return tuple((int(token), float(values[token])) for token in ranked)
+
+
+# ==============================================================================
+# II. MANY REQUESTS AT ONCE
+# ==============================================================================
+# KV cache -- blocks, reference counts, prefix hashes; no arrays
+# uses: Settings
+# ==============================================================================
+
+
+class Sequence:
+    """One prompt and its growing answer: tokens, where their KV lies, and how it may end."""
+
+    def __init__(self, seq_id: int, prompt_token_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b""):
+        self.seq_id, self.params, self.seed, self.salt = seq_id, params, seed, salt
+        self.choice = 0  # which of a request's n answers
+        self.token_ids = list(prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_computed_tokens = 0  # tokens whose KV is written
+        self.num_cached_tokens = 0  # prompt tokens taken from the prefix cache when first admitted
+        self.num_preemptions = 0
+        self.block_table: list[int] = []  # BlockManager fills it
+        self.block_hashes: list[bytes] = []  # of this sequence's full blocks, as far as they were needed
+        self.finish_reason: str | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens still to compute before the next one can be drawn: 1 in decode."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+
+class Block:
+    """A KV block: who uses it, and what its contents are called once it is full."""
+
+    __slots__ = ("ref_count", "hash", "token_ids")
+
+    def __init__(self):
+        self.ref_count, self.hash, self.token_ids = 0, None, ()
+
+
+class BlockManager:
+    """Hands out KV blocks and shares the full ones of equal prefixes.
+
+    Who owns block b (tokens [i * S, (i+1) * S) of each owner, at place i of its table):
+        ref_count > 0   the sequences that list it; it is not in `free`
+        ref_count = 0   nobody; it is in `free`, oldest first, and keeps its contents and its name until reused
+    A block is named by SHA-256 of its parent's name and its tokens, starting from the tenant's salt; `named` maps a
+    name to the one block that carries it. Only full blocks whose KV is written are named.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, prefix_caching: bool = True):
+        self.num_blocks, self.block_size, self.prefix_caching = num_blocks, block_size, prefix_caching
+        self.blocks = [Block() for _ in range(num_blocks)]
+        self.free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self.named: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self.free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _hash(self, seq: Sequence, index: int) -> bytes:
+        """The name of the sequence's full block `index`."""
+        while len(seq.block_hashes) <= index:
+            parent = seq.block_hashes[-1] if seq.block_hashes else hashlib.sha256(seq.salt).digest()
+            tokens = self._tokens(seq, len(seq.block_hashes))
+            seq.block_hashes.append(hashlib.sha256(parent + np.array(tokens, np.int64).tobytes()).digest())
+        return seq.block_hashes[index]
+
+    def _tokens(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def find_prefix(self, seq: Sequence) -> list[int]:
+        """Blocks that already hold the sequence's beginning; at least one token is left to compute."""
+        found = []
+        if self.prefix_caching:
+            for index in range((seq.num_tokens - 1) // self.block_size):
+                block_id = self.named.get(self._hash(seq, index))
+                if block_id is None or self.blocks[block_id].token_ids != self._tokens(seq, index):
+                    break
+                found.append(block_id)
+        return found
+
+    def blocks_needed(self, seq: Sequence, prefix: list[int]) -> int:
+        """Free blocks that admitting the sequence takes: new ones, and shared ones nobody uses at present."""
+        return self.blocks_for(seq.num_tokens) - sum(self.blocks[b].ref_count > 0 for b in prefix)
+
+    def admit(self, seq: Sequence, prefix: list[int]) -> None:
+        """Give the sequence its prefix and new blocks for the rest of its tokens."""
+        for block_id in prefix:
+            self.blocks[block_id].ref_count += 1
+            self.free.pop(block_id, None)
+        seq.block_table = list(prefix)
+        seq.num_computed_tokens = len(prefix) * self.block_size
+        self.grow(seq)
+
+    def grow(self, seq: Sequence) -> None:
+        """Extend the table to hold all of the sequence's tokens; the caller has checked `num_free`."""
+        while len(seq.block_table) < self.blocks_for(seq.num_tokens):
+            block_id, _ = self.free.popitem(last=False)
+            block = self.blocks[block_id]
+            self._unname(block)  # its contents are overwritten now
+            block.ref_count = 1
+            seq.block_table.append(block_id)
+
+    def name_full_blocks(self, seq: Sequence, old_num_computed: int) -> None:
+        """Name the blocks that became full when num_computed_tokens grew from `old_num_computed`."""
+        if not self.prefix_caching:
+            return
+        for index in range(old_num_computed // self.block_size, seq.num_computed_tokens // self.block_size):
+            name, block = self._hash(seq, index), self.blocks[seq.block_table[index]]
+            if block.hash is None and name not in self.named:
+                block.hash, block.token_ids = name, self._tokens(seq, index)
+                self.named[name] = seq.block_table[index]
+
+    def forget(self, seq: Sequence) -> None:
+        """Take the names of the sequence's blocks away: what they hold is not to be shared any more."""
+        for block_id in seq.block_table:
+            self._unname(self.blocks[block_id])
+
+    def _unname(self, block: Block) -> None:
+        if block.hash is not None:
+            del self.named[block.hash]
+            block.hash, block.token_ids = None, ()
+
+    def release(self, seq: Sequence) -> None:
+        """Take the sequence's blocks back; the last of a prefix is the first to be reused."""
+        for block_id in reversed(seq.block_table):
+            block = self.blocks[block_id]
+            block.ref_count -= 1
+            if block.ref_count == 0:
+                self.free[block_id] = None
+                if block.hash is None:
+                    self.free.move_to_end(block_id, last=False)  # nothing worth keeping
+        seq.block_table, seq.num_computed_tokens = [], 0
+
+    def check(self, sequences: Iterable[Sequence]) -> None:
+        """Raise EngineError unless every block is owned as the class promises; `sequences` are all that own any."""
+        counts = [0] * self.num_blocks
+        for seq in sequences:
+            if len(seq.block_table) != self.blocks_for(seq.num_tokens) and seq.block_table:
+                raise EngineError(f"sequence {seq.seq_id} has {len(seq.block_table)} blocks for {seq.num_tokens} tokens")
+            for index, block_id in enumerate(seq.block_table):
+                counts[block_id] += 1
+                if self.blocks[block_id].hash is not None and self.blocks[block_id].token_ids != self._tokens(seq, index):
+                    raise EngineError(f"block {block_id} holds other tokens than sequence {seq.seq_id} has there")
+        for block_id, block in enumerate(self.blocks):
+            if block.ref_count != counts[block_id] or (block_id in self.free) != (block.ref_count == 0):
+                raise EngineError(f"block {block_id}: ref_count {block.ref_count}, used by {counts[block_id]} sequences, "
+                                  f"{'free' if block_id in self.free else 'not free'}")
+            if block.hash is not None and self.named.get(block.hash) != block_id:
+                raise EngineError(f"block {block_id} carries a name that belongs to another block")
+        if len(self.named) != sum(block.hash is not None for block in self.blocks):
+            raise EngineError("a name belongs to a block that does not carry it")
+
+
+# ==============================================================================
+# Scheduler -- which sequences run in the next step, and how many tokens of each
+# uses: Settings, KV cache
+# ==============================================================================
+
+
+class Step(NamedTuple):
+    """What the next step computes: each sequence with its num_scheduled_tokens."""
+
+    sequences: list[Sequence]
+    num_scheduled_tokens: list[int]
+
+
+class Scheduler:
+    """First come, first served, under two limits: max_num_seqs at once, max_num_batched_tokens a step.
+
+    There is no prefill mode: a step runs decoding sequences first (one token each) and spends the rest of its budget
+    on prompts. Of the prompts the oldest gets at least half, the others follow shortest first: a long prompt
+    neither starves nor holds up a short one.
+    """
+
+    def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
+        self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # as admitted; see `schedule`
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, seq: Sequence) -> None:
+        self.waiting.append(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence in any state and free its blocks."""
+        if seq in self.running:
+            self.running.remove(seq)
+        elif seq in self.waiting:
+            self.waiting.remove(seq)
+        self.blocks.release(seq)
+
+    def schedule(self) -> Step:
+        """Choose the next step; every sequence in it has blocks for all of its tokens."""
+        self._make_room()
+        self._admit()
+        budget = self.max_num_batched_tokens
+        decoding = [seq for seq in self.running if seq.num_remaining == 1][:budget]
+        prompts = [seq for seq in self.running if seq.num_remaining > 1]
+        shares = self._share(prompts, budget - len(decoding))
+        chosen = [(seq, 1) for seq in decoding] + [(seq, share) for seq, share in zip(prompts, shares) if share > 0]
+        if len(decoding) == budget:  # more decode than budget: whoever ran goes behind those who did not
+            self.running.sort(key=lambda seq: seq in decoding)
+        return Step([seq for seq, _ in chosen], [share for _, share in chosen])
+
+    def _make_room(self) -> None:
+        """Give each running sequence the block its next token needs, preempting the newest where there is none."""
+        for seq in list(self.running):
+            while seq in self.running and len(seq.block_table) < self.blocks.blocks_for(seq.num_tokens):
+                if self.blocks.num_free:
+                    self.blocks.grow(seq)
+                else:
+                    self._preempt(max(self.running, key=lambda other: other.seq_id))
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
+        self.running.remove(seq)
+        self.blocks.release(seq)
+        self.waiting.appendleft(seq)
+        seq.num_preemptions += 1
+        self.num_preemptions += 1
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0]
+            prefix = self.blocks.find_prefix(seq)
+            spare = len(self.running)  # a block for each running sequence, or it would soon preempt this one again
+            if self.blocks.blocks_needed(seq, prefix) + spare > self.blocks.num_free:
+                return
+            self.blocks.admit(self.waiting.popleft(), prefix)
+            if not seq.num_preemptions:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            self.running.append(seq)
+
+    @staticmethod
+    def _share(prompts: list[Sequence], budget: int) -> list[int]:
+        """Tokens for each prompt (oldest first in `prompts`)."""
+        shares = [0] * len(prompts)
+        if not prompts:
+            return shares
+        others = sorted(range(1, len(prompts)), key=lambda i: prompts[i].num_remaining)
+        reserved = min(prompts[0].num_remaining, -(-budget // 2))
+        left = budget - reserved
+        for i in others:
+            shares[i] = min(prompts[i].num_remaining, left)
+            left -= shares[i]
+        shares[0] = min(prompts[0].num_remaining, reserved + left)
+        return shares
+
+
+# ==============================================================================
+# Metrics -- counters, sums and a snapshot of the machine
+# uses: nothing
+# ==============================================================================
+
+
+class Timing:
+    """When one request came, ran, spoke first and ended; seconds of a monotonic clock, and spans between them."""
+
+    def __init__(self):
+        self.arrived = time.monotonic()
+        self.started = self.first_token = self.finished = None
+
+    def _span(self, start: float | None, stop: float | None) -> float:
+        now = self.finished or time.monotonic()
+        return max(0.0, (now if stop is None else stop) - (now if start is None else start))
+
+    @property
+    def queue_s(self) -> float:
+        return self._span(self.arrived, self.started)
+
+    @property
+    def prefill_s(self) -> float:
+        return self._span(self.started, self.first_token)
+
+    @property
+    def decode_s(self) -> float:
+        return self._span(self.first_token, self.finished)
+
+    @property
+    def ttft_s(self) -> float:
+        return self._span(self.arrived, self.first_token)
+
+    @property
+    def e2e_s(self) -> float:
+        return self._span(self.arrived, self.finished)
+
+
+class Metrics:
+    """What the engine counted since it started; written under the engine's lock."""
+
+    def __init__(self):
+        self.requests: dict[str, int] = {}  # by finish reason
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.steps = 0
+        self.ttft_s = self.queue_s = self.e2e_s = 0.0  # sums over finished requests
+
+    def finished(self, reason: str, prompt: int, cached: int, completion: int, timing: Timing) -> None:
+        self.requests[reason] = self.requests.get(reason, 0) + 1
+        self.prompt_tokens += prompt
+        self.cached_tokens += cached
+        self.completion_tokens += completion
+        self.ttft_s += timing.ttft_s
+        self.queue_s += timing.queue_s
+        self.e2e_s += timing.e2e_s
+
+    def snapshot(self) -> dict:
+        return {"requests": dict(self.requests), "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
+                "completion_tokens": self.completion_tokens, "steps": self.steps, "time_to_first_token_seconds": self.ttft_s,
+                "queue_seconds": self.queue_s, "e2e_seconds": self.e2e_s}
+
+
+class MachineProbe:
+    """The machine's load in the seed's shape; the card through the module pynvml where there is one."""
+
+    def __init__(self, device_index: int | None):
+        self._device_index, self._card, self._nvml = device_index, None, None
+        psutil.cpu_percent()  # the first call only starts the measurement
+        if device_index is not None:
+            try:
+                self._nvml = importlib.import_module("pynvml")
+                self._nvml.nvmlInit()
+                self._card = self._nvml.nvmlDeviceGetHandleByIndex(device_index)
+            except Exception as error:  # no module, no driver, no such card: the card's numbers are null
+                log.warning("no card metrics: %s", shorten(error))
+
+    def snapshot(self) -> dict:
+        memory, mib = psutil.virtual_memory(), 1 << 20
+        return {
+            "cpu": {"utilization_percent": psutil.cpu_percent(), "core_count": psutil.cpu_count() or 1},
+            "memory": {"used_mb": memory.used // mib, "total_mb": memory.total // mib, "available_mb": memory.available // mib},
+            "gpu": self._card_snapshot(),
+            "timestamp": int(time.time()),
+        }
+
+    def _card_snapshot(self) -> dict | None:
+        if self._card is None:
+            return None
+        try:
+            memory = self._nvml.nvmlDeviceGetMemoryInfo(self._card)
+            return {
+                "device_id": self._device_index,
+                "utilization_percent": self._nvml.nvmlDeviceGetUtilizationRates(self._card).gpu,
+                "memory_used_mb": memory.used >> 20, "memory_total_mb": memory.total >> 20,
+                "temperature_celsius": self._nvml.nvmlDeviceGetTemperature(self._card, self._nvml.NVML_TEMPERATURE_GPU)}
+        except self._nvml.NVMLError as error:
+            log.warning("card metrics failed: %s", shorten(error))
+            return None
+
+
+# ==============================================================================
+# Engine -- the one loop thread and the global lock: submit, stream, abort, close
+# uses: Errors, Settings, Backend, Model, Sampler, KV cache, Scheduler, Metrics
+# ==============================================================================
+
+
+class Handle:
+    """A request's end of the engine: iterate it for tokens, or `take` what is ready.
+
+    One thread reads a handle; any thread may abort it. `changed` may be shared by handles that one thread reads.
+    """
+
+    def __init__(self, engine: Engine, seq: Sequence, changed: threading.Condition | None):
+        self._engine, self.seq, self._changed = engine, seq, changed or threading.Condition()
+        self._ready: list[Sampled] = []
+        self._wanted = 1  # tokens that the reader waits for
+        self.timing = Timing()
+        self.finish_reason: str | None = None  # stop, length, abort or error; set after the last token
+        self.error: Exception | None = None
+
+    def take(self, timeout: float | None = None, at_least: int = 1) -> list[Sampled]:
+        """The tokens since the last call; waits for `at_least` of them, for the end, or for `timeout` seconds."""
+        with self._changed:
+            self._wanted = at_least
+            self._changed.wait_for(lambda: len(self._ready) >= at_least or self.finish_reason, timeout)
+            self._wanted, taken, self._ready = 1, self._ready, []
+            return taken
+
+    @property
+    def has_news(self) -> bool:
+        """True when `take` would not wait; the caller holds `changed`, or takes the answer as a hint."""
+        return bool(self._ready or self.finish_reason)
+
+    @property
+    def exhausted(self) -> bool:
+        """True once the request has ended and every token was taken."""
+        with self._changed:
+            return self.finish_reason is not None and not self._ready
+
+    def __iter__(self) -> Iterator[Sampled]:
+        while not self.exhausted:
+            yield from self.take()
+        if self.error:
+            raise self.error
+
+    def abort(self, reason: str = "abort") -> None:
+        """Stop the request wherever it is; safe to call at any time, from any thread that does not hold `changed`."""
+        self._engine.abort(self, reason)
+
+    def put(self, token: Sampled) -> None:
+        """Engine thread: hand over a token."""
+        with self._changed:
+            self._ready.append(token)
+            if len(self._ready) >= self._wanted:  # no thread is woken for less than it waits for
+                self._changed.notify_all()
+
+    def finish(self, reason: str, error: Exception | None = None) -> None:
+        """Engine: end the request; only the first call counts."""
+        with self._changed:
+            if self.finish_reason is None:
+                self.timing.finished = time.monotonic()
+                self.finish_reason, self.error = reason, error
+                self._changed.notify_all()
+
+
+class Engine:
+    """Runs many sequences through one model: `step` is schedule, run, update.
+
+    The lock guards the scheduler, the blocks and the handles' table; it is not held while the model runs. Only the
+    engine thread calls the model. An error inside a run ends the sequences of that step and the loop goes on; an
+    error anywhere else, or MAX_FAILURES failed runs in a row, ends the engine (`dead`).
+    """
+
+    MAX_FAILURES = 3
+
+    def __init__(self, model: Llama, config: EngineConfig, num_blocks: int, eos_token_ids: Iterable[int]):
+        self.model, self.config, self.eos_token_ids = model, config, frozenset(eos_token_ids)
+        self.blocks = BlockManager(num_blocks, config.block_size, not config.no_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
+        self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings, num_blocks * config.block_size)
+        self.metrics = Metrics()
+        self.dead: Exception | None = None
+        self.on_death: Callable[[], None] = lambda: None
+        self._sampler = Sampler(model.backend)
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._handles: dict[Sequence, Handle] = {}
+        self._aborted: list[tuple[Sequence, str]] = []  # who runs and shall end before the next step, and why
+        self._next_id, self._failures, self._closing = 0, 0, False
+        self._thread = threading.Thread(target=self._loop, name="rustinfer-engine", daemon=True)
+        self._thread.start()
+
+    # -- any thread
+
+    def submit(self, prompt_token_ids: Seq[int], params: SamplingParams, salt: bytes = b"", param: str = "prompt",
+               changed: threading.Condition | None = None) -> Handle:
+        """Queue a request. Raises APIError when it can never fit, the queue is full or the engine is ending.
+
+        `param` is the request field that errors about the prompt name.
+        """
+        params = self._check(prompt_token_ids, params, param)
+        seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
+        with self._lock:
+            if self.dead:
+                raise UnavailableError("the engine has failed", code="internal_error")
+            if self._closing:
+                raise UnavailableError("the server is shutting down", code="shutting_down")
+            if len(self.scheduler.waiting) >= self.config.max_queue:
+                raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is {self.config.max_queue}; "
+                                     "try again later", headers={"Retry-After": "1"})
+            seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt)
+            self._next_id += 1
+            handle = self._handles[seq] = Handle(self, seq, changed)
+            self.scheduler.add(seq)
+            self._work.notify()
+            return handle
+
+    def _check(self, prompt_token_ids: Seq[int], params: SamplingParams, param: str) -> SamplingParams:
+        """The params with max_tokens filled in; an error where prompt and output do not fit."""
+        length, limit = len(prompt_token_ids), self.max_model_len
+        if not length:
+            raise APIError("the prompt is empty; at least one token is needed", param)
+        ids = np.asarray(prompt_token_ids)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < self.model.config.vocab_size:
+            raise APIError(f"token ids must be whole numbers from 0 to {self.model.config.vocab_size - 1}", param)
+        wanted = params.max_tokens
+        if length >= limit or (wanted is not None and length + wanted > limit):
+            output = f" and max_tokens is {wanted}" if wanted is not None else ", which leaves no room for output"
+            raise ContextLengthError(f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
+                                     "shorten the prompt, lower max_tokens or start with a larger --max-model-len", param)
+        return params if wanted is not None else dataclasses.replace(
+            params, max_tokens=min(self.config.max_tokens, limit - length))
+
+    def abort(self, handle: Handle, reason: str = "abort") -> None:
+        """Ask for the end of a request: at once while it waits, before the next step while it runs."""
+        with self._lock:
+            if handle.seq in self._handles:
+                if handle.seq in self.scheduler.waiting:
+                    self._end(handle.seq, reason)
+                else:
+                    self._aborted.append((handle.seq, reason))
+                    self._work.notify()
+
+    def close(self) -> None:
+        """End what still runs with an error, stop the thread, free the device's memory. Safe to call twice."""
+        with self._lock:
+            self._closing = True
+            self._work.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+        with self._lock:  # one closer at a time
+            self.model.close()
+
+    def snapshot(self) -> dict:
+        """Counters and the state of queue and cache."""
+        with self._lock:
+            return {**self.metrics.snapshot(), "num_requests_running": len(self.scheduler.running),
+                    "num_requests_waiting": len(self.scheduler.waiting), "num_preemptions": self.scheduler.num_preemptions,
+                    "kv_blocks_total": self.blocks.num_blocks, "kv_blocks_used": self.blocks.num_blocks - self.blocks.num_free}
+
+    # -- the engine thread
+
+    def _loop(self) -> None:
+        try:
+            while self._wait_for_work():
+                self.step()
+            self._end_all(UnavailableError("the server is shutting down", code="shutting_down"))
+        except BaseException as error:
+            log.exception("the engine has failed")
+            self.dead = error
+            self._reset()
+            self._end_all(EngineError("the engine has failed"))
+            self.on_death()
+
+    def _wait_for_work(self) -> bool:
+        """False when the engine closes."""
+        with self._work:
+            self._work.wait_for(lambda: self._closing or self._aborted or self.scheduler.has_work)
+            return not self._closing
+
+    def step(self) -> None:
+        """Schedule, run, update."""
+        with self._lock:
+            self._drop_aborted()
+            step = self.scheduler.schedule()
+            now = time.monotonic()
+            for seq in step.sequences:
+                timing = self._handles[seq].timing
+                timing.started = timing.started or now
+        if not step.sequences:
+            return
+        try:
+            drawn = self._run(step)
+        except Exception as error:
+            self._fail(step, error)
+            return
+        with self._lock:
+            self._update(step, drawn)
+
+    def _drop_aborted(self) -> None:
+        for seq, reason in self._aborted:
+            if seq in self._handles:  # it may have ended by itself, or be asked for twice
+                self._end(seq, reason)
+        self._aborted.clear()
+
+    def _run(self, step: Step) -> list[Sampled | None]:
+        """The model and the sampler: a token for each sequence whose tokens are all computed, else None."""
+        batch = self.prepare(step)
+        logits = self.model.run(batch)
+        complete = [seq for seq, count in zip(*step) if count == seq.num_remaining]
+        tokens = iter(self._sampler.sample(
+            logits, [seq.params for seq in complete], [seq.seed for seq in complete],
+            [seq.choice for seq in complete], [seq.num_tokens for seq in complete]) if complete else ())
+        return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+
+    def prepare(self, step: Step) -> Batch:
+        """The arrays of a step."""
+        size, rows = self.blocks.block_size, list(zip(*step))
+        positions = [np.arange(seq.num_computed_tokens, seq.num_computed_tokens + count) for seq, count in rows]
+        tables = np.zeros((len(rows), max(len(seq.block_table) for seq, _ in rows)), np.int64)
+        for row, (seq, _) in enumerate(rows):
+            tables[row, : len(seq.block_table)] = seq.block_table
+        slots = [tables[row, where // size] * size + where % size for row, where in enumerate(positions)]
+        ends = np.cumsum(step.num_scheduled_tokens)
+        return Batch(
+            input_ids=np.concatenate([seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count] for seq, count in rows]),
+            positions=np.concatenate(positions), slot_mapping=np.concatenate(slots), cu_seqlens_q=np.concatenate(([0], ends)),
+            context_lens=np.array([seq.num_computed_tokens + count for seq, count in rows]), block_tables=tables,
+            logits_indices=np.array([end - 1 for end, (seq, count) in zip(ends, rows) if count == seq.num_remaining], np.int64))
+
+    def _update(self, step: Step, drawn: list[Sampled | None]) -> None:
+        """Record what was computed, append tokens, end what has ended."""
+        self._failures = 0
+        self.metrics.steps += 1
+        for seq, count, token in zip(*step, drawn):
+            computed = seq.num_computed_tokens
+            seq.num_computed_tokens += count
+            if token is not None and not token.finite:
+                self.blocks.forget(seq)
+                self._end(seq, "error", EngineError("the model produced logits that are not finite"))
+                continue
+            self.blocks.name_full_blocks(seq, computed)
+            if token is None:
+                continue
+            handle = self._handles[seq]
+            seq.token_ids.append(token.token_id)
+            if handle.timing.first_token is None:
+                handle.timing.first_token = time.monotonic()
+            handle.put(token)
+            if reason := self._stop_reason(seq, token.token_id):
+                self._end(seq, reason)
+
+    def _stop_reason(self, seq: Sequence, token_id: int) -> str | None:
+        if token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos):
+            return "stop"
+        return "length" if seq.num_output_tokens >= seq.params.max_tokens else None
+
+    def _end(self, seq: Sequence, reason: str, error: Exception | None = None) -> None:
+        """Free a sequence's blocks and tell its handle."""
+        seq.finish_reason = reason
+        self.scheduler.remove(seq)
+        handle = self._handles.pop(seq)
+        handle.finish(reason, error)
+        self.metrics.finished(reason, seq.num_prompt_tokens, seq.num_cached_tokens, seq.num_output_tokens, handle.timing)
+
+    def _fail(self, step: Step, error: Exception) -> None:
+        """A run failed: its sequences end with an error; too many such runs in a row end the engine."""
+        log.error("a step of %d sequences failed", len(step.sequences), exc_info=error)
+        with self._lock:
+            for seq in step.sequences:
+                self._end(seq, "error", EngineError(f"the model failed: {type(error).__name__}"))
+            self._failures += 1
+        if self._failures >= self.MAX_FAILURES:
+            raise EngineError(f"{self._failures} runs in a row failed") from error
+
+    def _reset(self) -> None:
+        """After an error that may have left the scheduler half changed: nothing waits, runs or owns a block."""
+        with self._lock:
+            self.blocks = BlockManager(self.blocks.num_blocks, self.blocks.block_size, self.blocks.prefix_caching)
+            self.scheduler = Scheduler(self.blocks, self.config.max_num_seqs, self.config.max_num_batched_tokens)
+            for seq in self._handles:
+                seq.block_table = []
+
+    def _end_all(self, error: Exception) -> None:
+        with self._lock:
+            for seq in list(self._handles):
+                self._end(seq, "error", error)
+
+
+# ==============================================================================
+# LLM -- a model with its engine, for programs: text in, text out
+# uses: everything above
+# ==============================================================================
+
+
+class Logprob(NamedTuple):
+    """A token's log-probability and its rank among the vocabulary's likeliest (None: outside the reported ones)."""
+
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+class Piece(str):
+    """A stretch of streamed text; the last one of an answer carries its finish_reason."""
+
+    index: int = 0  # which prompt of a list it answers
+    token_ids: tuple[int, ...] = ()
+    finish_reason: str | None = None
+
+    def __new__(cls, text: str, index: int, token_ids: Iterable[int], finish_reason: str | None):
+        piece = super().__new__(cls, text)
+        piece.index, piece.token_ids, piece.finish_reason = index, tuple(token_ids), finish_reason
+        return piece
+
+    @property
+    def text(self) -> str:
+        return str(self)
+
+
+@dataclass
+class CompletionOutput:
+    """One answer, as vLLM names its parts."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    finish_reason: str | None  # stop or length
+    stop_reason: str | int | None  # the stop string or stop token that ended it
+    logprobs: list[dict[int, Logprob]] | None = None  # one a token, the chosen one and the likeliest
+    cumulative_logprob: float | None = None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and its answers, as vLLM names its parts."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    num_cached_tokens: int
+    finished: bool = True
+
+
+class Answer:
+    """One running request seen as text: turns its tokens into text, finds stop strings, collects the result."""
+
+    def __init__(self, tokenizer: Tokenizer, handle: Handle):
+        self.handle, self._tokenizer, self._params = handle, tokenizer, handle.seq.params
+        self._decoder, self._matcher = StreamDecoder(tokenizer), StopMatcher(handle.seq.params.stop)
+        self.tokens: list[Sampled] = []
+        self.text = ""
+        self.finish_reason: str | None = None
+        self.stop_reason: str | int | None = None
+
+    def advance(self, timeout: float | None = None, at_least: int = 1) -> list[tuple[str, list[Sampled]]]:
+        """What came since the last call, as (text, tokens) pairs; empty after `timeout` seconds without a token.
+
+        Text that may be half a character or the start of a stop string comes with a later token. Raises what ended
+        the request if that was an error; `finish_reason` is set with the last pair.
+        """
+        parts: list[tuple[str, list[Sampled]]] = []
+        for token in self.handle.take(timeout, at_least):
+            self.tokens.append(token)
+            shown = token.token_id not in self._params.stop_token_ids  # it ends the text, as a stop string does
+            parts.append((self._matcher.push(self._decoder.push(token.token_id) if shown else ""), [token]))
+            if self._matcher.matched is not None:  # tokens drawn since then do not count
+                self.handle.abort("stop")
+                self._finish("stop", self._matcher.matched)
+                break
+        if self.finish_reason is None and self.handle.exhausted:
+            if self.handle.error:
+                raise self.handle.error
+            rest = self._matcher.push(self._decoder.finish())
+            if self._matcher.matched is None:
+                rest += self._matcher.finish()
+            parts.append((rest, []))
+            self._finish(*self._end_of(self.handle.finish_reason))
+        self.text += "".join(text for text, _ in parts)
+        return parts
+
+    def _end_of(self, reason: str) -> tuple[str, str | int | None]:
+        if self._matcher.matched is not None:
+            return "stop", self._matcher.matched
+        last = self.tokens[-1].token_id if self.tokens else None
+        return reason, last if reason == "stop" and last in self._params.stop_token_ids else None
+
+    def _finish(self, reason: str, stop_reason: str | int | None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def request_output(self, prompt: Any) -> RequestOutput:
+        seq = self.handle.seq
+        return RequestOutput(str(seq.seq_id), prompt if isinstance(prompt, str) else None, seq.token_ids[: seq.num_prompt_tokens],
+                             [self.result()], seq.num_cached_tokens)
+
+    def result(self) -> CompletionOutput:
+        wanted = self._params.logprobs is not None
+        return CompletionOutput(
+            0, self.text, [token.token_id for token in self.tokens], self.finish_reason, self.stop_reason,
+            [self._logprobs(token) for token in self.tokens] if wanted else None,
+            math.fsum(token.logprob for token in self.tokens) if wanted else None)
+
+    def _logprobs(self, token: Sampled) -> dict[int, Logprob]:
+        ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
+        values = {token.token_id: token.logprob, **dict(token.top)}
+        return {token_id: Logprob(value, ranks.get(token_id), self._tokenizer.decode([token_id]))
+                for token_id, value in values.items()}
+
+
+class LLM:
+    """A Llama model that answers prompts and chats; safe to use from many threads; close it, or use `with`.
+
+    model: a folder or a Hub id; None is the demo model. Keyword options are EngineConfig's fields, with the server's defaults. Raises
+    CheckpointError for a model that cannot be served and SettingsError for an option that is not allowed.
+    """
+
+    def __init__(self, model: str | os.PathLike | None = None, *, served_model_name: str | None = None,
+                 progress: Callable[[str, float], None] = lambda what, part: None, **options: Any):
+        unknown = set(options) - {item.name for item in dataclasses.fields(EngineConfig)}
+        if unknown:
+            raise SettingsError(f"{min(unknown)}: no such option; there are "
+                                + ", ".join(item.name for item in dataclasses.fields(EngineConfig)))
+        self.config = EngineConfig(**options)
+        self.folder = resolve_model(model)
+        self.model_config = ModelConfig.load(self.folder)
+        self.tokenizer = Tokenizer(self.folder)
+        self.template = ChatTemplate(self.folder, self.tokenizer)
+        self.name = served_model_name or default_model_name(model, self.folder)
+        self.created = int(time.time())
+        self._check_vocabulary()
+        self.default_params = default_sampling_params(self.folder)
+        backend, self.backend_reason = pick_backend(self.config)
+        try:
+            self._start(backend, progress)
+        except BaseException:
+            backend.close()
+            raise
+
+    def _start(self, backend: ArrayBackend, progress: Callable[[str, float], None]) -> None:
+        checkpoint = Checkpoint(self.folder)
+        max_model_len = self.config.max_model_len or self.model_config.max_position_embeddings
+        if max_model_len > self.model_config.max_position_embeddings:
+            raise SettingsError(f"--max-model-len: {max_model_len} is not allowed; the model's max_position_embeddings "
+                                f"is {self.model_config.max_position_embeddings}")
+        model = Llama(self.model_config, backend, max_model_len, self.config.block_size)
+        model.load(checkpoint, functools.partial(progress, "loading"))
+        num_blocks = count_kv_blocks(self.config, model, max_model_len)
+        model.allocate_kv_cache(num_blocks)
+        self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids())
+        self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters
+        self.device_index, self.backend_name, self.kv_capacity = backend.device_index, backend.name, num_blocks * self.config.block_size
+
+    def _check_vocabulary(self) -> None:
+        largest = max(self.tokenizer.inner.get_vocab(with_added_tokens=True).values(), default=-1)
+        if largest >= self.model_config.vocab_size:
+            log.warning("tokenizer.json has ids up to %d and config.json a vocab_size of %d", largest, self.model_config.vocab_size)
+
+    def _eos_token_ids(self) -> set[int]:
+        """Ids that end an answer: the config's and the tokenizer's end-of-turn tokens."""
+        named = [self.tokenizer.token_to_id(text) for text in (*END_OF_TURN, self.tokenizer.special_text("eos_token")) if text]
+        return {*self.model_config.eos_token_ids, *(i for i in named if i is not None and i in self.tokenizer.special_ids)}
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and free threads, files and device memory; running requests end with an error."""
+        self.engine.close()
+
+    def params(self, sampling_params: SamplingParams | None = None, **options: Any) -> SamplingParams:
+        """The given parameters, or the model's defaults changed by keyword options."""
+        known = [item.name for item in dataclasses.fields(SamplingParams)]
+        if unknown := set(options) - set(known):
+            raise SettingsError(f"{min(unknown)}: no such sampling parameter; there are {', '.join(known)}")
+        return dataclasses.replace(sampling_params or self.default_params, **options)
+
+    def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
+               changed: threading.Condition | None = None) -> Answer:
+        """Queue one prompt: text, a list of token ids, or vLLM's {"prompt_token_ids": [...]}."""
+        if isinstance(prompt, dict):
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
+        if not isinstance(prompt, (str, list, tuple, np.ndarray)):
+            raise InvalidTypeError(f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
+        token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(map(int, prompt))
+        return Answer(self.tokenizer, self.engine.submit(token_ids, params, param=param, changed=changed))
+
+    def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
+                 **options: Any) -> list[RequestOutput] | Iterator[Piece]:
+        """Continue each prompt (text or token ids; one or a list). With stream=True, an iterator of Pieces."""
+        single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        return self._answer([prompts] if single else list(prompts), self.params(sampling_params, **options), "prompt", stream)
+
+    def chat(self, messages: list, sampling_params: SamplingParams | None = None, *, stream: bool = False,
+             **options: Any) -> list[RequestOutput] | Iterator[Piece]:
+        """Answer a conversation ([{"role", "content"}, ...]) or a list of them. With stream=True, an iterator of Pieces."""
+        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        prompts = [self.template.encode(conversation) for conversation in conversations]
+        return self._answer(prompts, self.params(sampling_params, **options), "messages", stream)
+
+    def _answer(self, prompts: list, params: SamplingParams, param: str, stream: bool) -> list[RequestOutput] | Iterator[Piece]:
+        answers: list[Answer] = []
+        pieces = self._pieces(prompts, params, param, answers)
+        if stream:
+            return pieces
+        for _ in pieces:
+            pass
+        return [answer.request_output(prompt) for prompt, answer in zip(prompts, answers)]
+
+    def _pieces(self, prompts: list, params: SamplingParams, param: str, answers: list[Answer]) -> Iterator[Piece]:
+        """Run prompts together, at most max_queue of them at a time; closing the iterator stops what still runs."""
+        changed, running = threading.Condition(), {}
+        try:
+            while running or len(answers) < len(prompts):
+                while len(answers) < len(prompts) and len(running) < self.config.max_queue:
+                    try:
+                        running[len(answers)] = self.submit(prompts[len(answers)], params, param, changed)
+                    except QueueFullError:  # others use the engine too: their turn first
+                        time.sleep(0.01)
+                        break
+                    answers.append(running[len(answers)])
+                with changed:
+                    changed.wait_for(lambda: not running or any(answer.handle.has_news for answer in running.values()))
+                for index, answer in list(running.items()):
+                    for text, tokens in answer.advance(timeout=0):
+                        yield Piece(text, index, [token.token_id for token in tokens], None)
+                    if answer.finish_reason is not None:
+                        del running[index]
+                        yield Piece("", index, (), answer.finish_reason)
+        finally:
+            for answer in running.values():
+                answer.handle.abort()
+
+
+def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
+    """A Hub id as it is; a folder by its name."""
+    local = model is None or Path(model).expanduser().is_dir()
+    return folder.resolve().name if local else str(model)
+
+
+def default_sampling_params(folder: Path) -> SamplingParams:
+    """What generation_config.json recommends; `do_sample: false` is temperature 0."""
+    spec = read_json(folder / "generation_config.json", {})
+    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p") if spec.get(name) is not None}
+    if spec.get("do_sample") is False:
+        names = {"temperature": 0.0}
+    try:
+        return SamplingParams(**names)
+    except APIError as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
+
+
+def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> int:
+    """KV blocks to allocate: as asked, or what free memory allows, never more than max_num_seqs full contexts."""
+    block_bytes = model.kv_block_bytes()
+    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    if config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory // block_bytes
+    else:
+        num_blocks = min(wanted, model.backend.bytes_for_cache(config.gpu_memory_utilization) // block_bytes)
+    if num_blocks < 1:
+        raise SettingsError(f"--kv-cache-memory: {max(num_blocks, 0) * block_bytes} bytes is not enough; "
+                            f"one block of {config.block_size} tokens takes {block_bytes} bytes")
+    return int(num_blocks)
+
+
+# ==============================================================================
+# III. THE WIRE
+# ==============================================================================
+# API -- JSON to typed requests, results to OpenAI objects; pure functions, no sockets
+# uses: Errors, Settings, LLM
+# ==============================================================================
+
+MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
+ABSENT = (None,)  # values of a field that mean the same as leaving it out
+
+
+class Field(NamedTuple):
+    """One request field: its JSON type, its range, and the values that ask for nothing.
+
+    A field with kind `unsupported` is known but refused unless its value is one of `neutral`.
+    """
+
+    name: str
+    kind: str  # boolean, integer, number, string, array, object, any or unsupported
+    low: float | None = None
+    high: float | None = None
+    neutral: tuple = ABSENT
+
+
+CHAT_FIELDS = {f.name: f for f in (
+    Field("model", "string"),
+    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("stream", "boolean"),
+    Field("stream_options", "object"),
+    Field("max_tokens", "integer", 1, 1 << 31),
+    Field("max_completion_tokens", "integer", 1, 1 << 31),
+    Field("temperature", "number", 0, 2),
+    Field("top_p", "number", 0, 1),
+    Field("top_k", "integer", -1, 1 << 31),
+    Field("min_p", "number", 0, 1),
+    Field("seed", "integer", -(1 << 63), (1 << 64) - 1),
+    Field("stop", "any"),
+    Field("ignore_eos", "boolean"),
+    Field("user", "string"),
+    Field("n", "unsupported", neutral=(None, 1)),
+    Field("frequency_penalty", "unsupported", neutral=(None, 0)),
+    Field("presence_penalty", "unsupported", neutral=(None, 0)),
+    Field("repetition_penalty", "unsupported", neutral=(None, 1)),
+    Field("logit_bias", "unsupported", neutral=(None, {})),
+    Field("logprobs", "unsupported", neutral=(None, False)),
+    Field("top_logprobs", "unsupported", neutral=(None, 0)),
+    Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
+    Field("store", "unsupported", neutral=(None, False)),
+)}
+TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
+
+
+def parse_json(body: bytes) -> dict:
+    """The request's JSON object: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{shorten(text)} is not a finite number")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            names = [name for name, _ in pairs]
+            raise ValueError(f"key {shorten(next(n for n in names if names.count(n) > 1))!r} appears twice")
+        return table
+
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text)
+
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
+        check_json(value)
+    except RecursionError:
+        raise APIError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise APIError(f"the body is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidTypeError(f"the body is a JSON {TYPE_NAMES[type(value)]}; an object is expected")
+    return value
+
+
+def check_json(value: Any, depth: int = 1) -> None:
+    """Raise ValueError for text that is not Unicode, RecursionError for too much depth."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair") from None
+    if isinstance(value, (dict, list)):
+        if depth > MAX_JSON_DEPTH:
+            raise RecursionError
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            check_json(item, depth + 1)
+
+
+def parse_query(query: str, fields: dict[str, Field]) -> dict:
+    """The query of a GET as the object that a POST would carry; text that is not JSON stands for itself where it may."""
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict", max_num_fields=100)
+    except ValueError as error:
+        raise APIError(f"the query string cannot be read: {shorten(str(error))}") from None
+    values: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in values:
+            raise APIError(f"{shorten(name)} appears twice in the query string", shorten(name))
+        kind = fields[name].kind if name in fields else "string"
+        values[name] = text if kind == "string" or (kind == "any" and text[:1] not in '["') else parse_query_value(name, text)
+    return values
+
+
+def parse_query_value(name: str, text: str) -> Any:
+    try:
+        return parse_json(b'{"value":' + text.encode() + b"}")["value"]
+    except APIError as error:
+        if text in ("True", "False"):  # as Python clients write them
+            return text == "True"
+        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code=error.code) from None
+
+
+def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> dict:
+    """The fields that ask for something, each of its type and in its range; unknown ones are errors."""
+    checked = {}
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is None:
+            raise UnsupportedError(f"{prefix}{shorten(name)} is not a parameter that this server knows", prefix + shorten(name))
+        if any(value == other and type(value) is not bool or value is other for other in field.neutral):
+            continue
+        if field.kind == "unsupported":
+            raise UnsupportedError(f"{prefix}{name} is {shorten(json.dumps(value))}; this server does not support it yet", prefix + name)
+        check_type(prefix + name, value, field)
+        checked[name] = value
+    return checked
+
+
+def check_type(name: str, value: Any, field: Field) -> None:
+    kind = TYPE_NAMES[type(value)]
+    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
+        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
+    size = len(value) if isinstance(value, list) else value
+    if field.low is not None and not field.low <= size <= field.high:
+        what = "has {} entries" if isinstance(value, list) else "is {}"
+        raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A checked POST (or GET) /v1/chat/completions."""
+
+    model: str | None
+    messages: list[dict]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    user: str
+
+
+def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
+    """The typed request; raises APIError naming the first field that is wrong."""
+    given = check_fields(values, CHAT_FIELDS)
+    if "messages" not in given:
+        raise APIError("messages is missing; a list of at least one message is expected", "messages")
+    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(limits) > 1:
+        raise APIError("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+    if given.get("top_p") == 0:
+        raise APIError("top_p is 0; it must be above 0", "top_p")
+    options = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos") if name in given}
+    params = dataclasses.replace(defaults, max_tokens=limits.pop() if limits else None, stop=parse_stop(given.get("stop")), **options)
+    return ChatRequest(given.get("model"), parse_messages(given["messages"]), params, given.get("stream", False),
+                       parse_stream_options(given), given.get("user", ""))
+
+
+def parse_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else value or []
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise InvalidTypeError("stop must be a string or a list of strings", "stop")
+    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in stops):
+        raise APIError(f"stop may hold {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop")
+    return tuple(stops)
+
+
+def parse_stream_options(given: dict) -> bool:
+    """include_usage."""
+    if "stream_options" not in given:
+        return False
+    if not given.get("stream"):
+        raise APIError("stream_options is allowed only with stream: true", "stream_options")
+    fields = {"include_usage": Field("include_usage", "boolean")}
+    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
+
+
+MESSAGE_FIELDS = {f.name: f for f in (
+    Field("role", "string", neutral=()),
+    Field("content", "any", neutral=()),
+    Field("refusal", "unsupported"), Field("annotations", "unsupported", neutral=(None, [])), Field("audio", "unsupported"),
+    Field("name", "unsupported"), Field("function_call", "unsupported"), Field("tool_calls", "unsupported", neutral=(None, [])),
+)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as the template knows them
+
+
+def parse_messages(messages: list) -> list[dict]:
+    """[{"role", "content"}] with content as one string."""
+    parsed = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
+        given = check_fields(message, MESSAGE_FIELDS, where + ".")
+        role = given.get("role")
+        if role not in ROLES:
+            raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
+                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
+        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
+    return parsed
+
+
+def parse_content(content: Any, where: str) -> str:
+    """A string, or text parts joined by line breaks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type", code="unsupported_value")
+        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
+            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else", f"{where}[{index}]")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def usage_object(answer: Answer) -> dict:
+    """Token counts, and the timing of this request as the seed reports it."""
+    seq, timing = answer.handle.seq, answer.handle.timing
+    completion, seconds = len(answer.tokens), timing.prefill_s + timing.decode_s
+    return {
+        "prompt_tokens": seq.num_prompt_tokens, "completion_tokens": completion, "total_tokens": seq.num_prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": seq.num_cached_tokens},
+        "performance": {
+            "queue_ms": round(timing.queue_s * 1000, 3), "prefill_ms": round(timing.prefill_s * 1000, 3),
+            "decode_ms": round(timing.decode_s * 1000, 3), "decode_iterations": max(0, completion - 1),
+            "tokens_per_second": round(completion / seconds, 2) if seconds else 0.0,
+            "time_to_first_token_ms": round(timing.ttft_s * 1000, 3)}}
+
+
+class ChatAnswer:
+    """Builds the objects of one chat answer: all carry the same id, created and model."""
+
+    def __init__(self, answer: Answer, model: str, include_usage: bool):
+        self.answer, self.id, self._include_usage = answer, "chatcmpl-" + secrets.token_hex(12), include_usage
+        self._head = {"id": self.id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model,
+                      "system_fingerprint": f"rustinfer-{__version__}"}
+        before, after = self._event(self._choice({"content": "@"}, None)).split(b'"@"')
+        self._text_before, self._text_after = before, after  # a text event is these around the text
+
+    def completion(self) -> dict:
+        message = {"role": "assistant", "content": self.answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.answer.finish_reason}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(self.answer)}
+
+    @staticmethod
+    def _choice(delta: dict, finish_reason: str | None) -> list[dict]:
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+
+    def _event(self, choices: list[dict]) -> bytes:
+        usage = {"usage": None} if self._include_usage else {}
+        return event({**self._head, "choices": choices, **usage})
+
+    def first_event(self) -> bytes:
+        return self._event(self._choice({"role": "assistant", "content": ""}, None))
+
+    def text_event(self, text: str) -> bytes:
+        return self._text_before + json.dumps(text).encode() + self._text_after
+
+    def last_events(self) -> bytes:
+        events = self._event(self._choice({}, self.answer.finish_reason))
+        if self._include_usage:
+            events += event({**self._head, "choices": [], "usage": usage_object(self.answer)})
+        return events + b"data: [DONE]\n\n"
+
+
+def event(value: dict) -> bytes:
+    """One server-sent event; ASCII, since some clients split lines at U+2028."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
+
+
+# ==============================================================================
+# Server -- routes, SSE, limits, CORS, shutdown; no model knowledge
+# uses: Errors, Settings, Metrics, LLM, API
+# ==============================================================================
+
+MAX_HEAD, MAX_LINE, MAX_HEADERS, MAX_BODY, MAX_REST = 32 << 10, 8 << 10, 100, 4 << 20, 256 << 10  # bytes; headers: a count
+HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT, SEND_TIMEOUT, REST_TIMEOUT = 10.0, 20.0, 75.0, 20.0, 5.0  # seconds, of whole phases
+PING_INTERVAL = 5.0  # seconds of silence before an open stream gets a comment
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+HEADER_LINE = re.compile(rb"(%s):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*" % TOKEN)
+SINGLE_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "origin", "expect", "authorization"}
+SIMPLE_TYPES = {"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"}  # sent without a preflight
+
+
+class HTTPError(APIError):
+    """A request that is broken as HTTP: the answer closes the connection."""
+
+
+def http_error(status: int, code: str, message: str, **options: Any) -> HTTPError:
+    return HTTPError(message, status=status, code=code, **options)
+
+
+class Disconnected(Exception):
+    """The client is gone, or silent for too long between requests: nobody to answer."""
+
+
+class HTTPReader:
+    """Reads one connection's bytes; every phase has one deadline however slowly the bytes trickle."""
+
+    def __init__(self, connection: socket.socket):
+        self._connection, self.buffer = connection, bytearray()
+
+    def _fill(self, deadline: float) -> None:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError
+        self._connection.settimeout(left)
+        data = self._connection.recv(65536)
+        if not data:
+            raise Disconnected
+        self.buffer += data
+
+    def wait(self, timeout: float) -> None:
+        """Return when the first byte of a request is there."""
+        try:
+            while not self.buffer:
+                self._fill(time.monotonic() + timeout)
+        except TimeoutError:
+            raise Disconnected from None
+
+    def head(self) -> list[bytes]:
+        """The lines of the next request's head."""
+        deadline, searched = time.monotonic() + HEAD_TIMEOUT, 0
+        while (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
+            if self.buffer.startswith(b"\r\n"):  # empty lines before a request are allowed
+                del self.buffer[:2]
+                continue
+            self._check_head(len(self.buffer))
+            searched = len(self.buffer)
+            try:
+                self._fill(deadline)
+            except TimeoutError:
+                raise http_error(408, "request_timeout", f"the request's head took longer than {HEAD_TIMEOUT:g} s") from None
+        self._check_head(end)
+        lines = bytes(self.buffer[:end]).lstrip(b"\r\n").split(b"\r\n")
+        del self.buffer[: end + 4]
+        return lines
+
+    def _check_head(self, size: int) -> None:
+        line = self.buffer.find(b"\r\n", 0, size)
+        if (size if line < 0 else line) > MAX_LINE:
+            raise http_error(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes")
+        if size > MAX_HEAD:
+            raise http_error(431, "headers_too_large", f"the headers are longer than {MAX_HEAD} bytes")
+
+    def line(self, limit: int, deadline: float) -> bytes:
+        """A line of chunked coding, without its CRLF."""
+        while (end := self.buffer.find(b"\r\n")) < 0:
+            if len(self.buffer) > limit:
+                break
+            self._fill(deadline)
+        if not 0 <= end <= limit:
+            raise http_error(400, "invalid_value", f"a line of the chunked body is longer than {limit} bytes")
+        line = bytes(self.buffer[:end])
+        del self.buffer[: end + 2]
+        return line
+
+    def exactly(self, size: int, deadline: float) -> bytes:
+        while len(self.buffer) < size:
+            self._fill(deadline)
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+
+@dataclass
+class HTTPRequest:
+    """A request's head, checked; `path` and `query` are as on the wire, and routing looks at nothing else."""
+
+    method: str
+    path: str
+    query: str
+    version: tuple[int, int]
+    headers: dict[str, str]  # lower-case names; values of repeated fields joined by ", "
+    content_length: int = 0
+    chunked: bool = False
+
+    @classmethod
+    def parse(cls, lines: list[bytes]) -> HTTPRequest:
+        match = REQUEST_LINE.fullmatch(lines[0])
+        if not match:
+            raise http_error(400, "invalid_value", "the request line is not METHOD TARGET HTTP/1.1")
+        method, target, version = match[1].decode(), match[2].decode(), (int(match[3]), int(match[4]))
+        if version not in ((1, 0), (1, 1)):
+            raise http_error(505, "invalid_value", "HTTP/1.0 and HTTP/1.1 are supported")
+        path, _, query = re.sub(r"\Ahttps?://[^/?#]*", "", target).partition("?")
+        if not (path.startswith("/") or (target, method) == ("*", "OPTIONS")) or "#" in target:
+            raise http_error(400, "invalid_value", "the request target must be a path")
+        request = cls(method, path, query, version, cls._headers(lines[1:]))
+        request._read_framing()
+        return request
+
+    @staticmethod
+    def _headers(lines: list[bytes]) -> dict[str, str]:
+        if len(lines) > MAX_HEADERS:
+            raise http_error(431, "headers_too_large", f"there are {len(lines)} header fields; {MAX_HEADERS} are allowed")
+        headers: dict[str, str] = {}
+        for line in lines:
+            match = HEADER_LINE.fullmatch(line)
+            if not match:
+                raise http_error(400, "invalid_value", "a header line is not NAME: VALUE")
+            name, value = match[1].decode().lower(), match[2].decode("latin-1")
+            if name in headers and name in SINGLE_HEADERS:
+                raise http_error(400, "invalid_value", f"header {name} appears twice")
+            headers[name] = f"{headers[name]}, {value}" if name in headers else value
+        return headers
+
+    def _read_framing(self) -> None:
+        length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
+        if self.version == (1, 1) and not re.fullmatch(r"[!-~]+", self.headers.get("host", "")):
+            raise http_error(400, "invalid_value", "HTTP/1.1 needs exactly one Host header")
+        if coding is not None:
+            if length is not None or self.version == (1, 0):
+                raise http_error(400, "invalid_value", "Transfer-Encoding is not allowed with Content-Length or HTTP/1.0")
+            if coding.lower() != "chunked":
+                raise http_error(501, "unsupported_value", "Transfer-Encoding must be chunked")
+            self.chunked = True
+        elif length is not None:
+            if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
+                raise http_error(400, "invalid_value", "Content-Length must be one decimal number")
+            self.content_length = int(length)
+
+    @property
+    def keep_alive(self) -> bool:
+        tokens = {token.strip().lower() for token in self.headers.get("connection", "").split(",")}
+        return self.version == (1, 1) and "close" not in tokens
+
+
+class Watcher:
+    """One thread that notices clients who leave while their request waits, prefills or decodes.
+
+    A FIN counts as leaving; bytes of a next request do not.
+    """
+
+    INTERVAL = 0.025  # seconds
+
+    def __init__(self):
+        self._watched: dict[int, Callable[[], None]] = {}  # file descriptor -> what to call, once
+        self._lock, self._wake, self._closed = threading.Lock(), threading.Event(), False
+        self._thread = threading.Thread(target=self._run, name="rustinfer-watcher", daemon=True)
+        self._thread.start()
+
+    def add(self, connection: socket.socket, callback: Callable[[], None]) -> None:
+        with self._lock:
+            self._watched[connection.fileno()] = callback
+        self._wake.set()
+
+    def discard(self, connection: socket.socket) -> None:
+        with self._lock:
+            self._watched.pop(connection.fileno(), None)
+
+    def close(self) -> None:
+        self._closed = True
+        self._wake.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._wake.wait()
+            with self._lock:
+                watched = list(self._watched)
+                if not watched:
+                    self._wake.clear()
+            if self._closed or not watched:
+                continue
+            poller = select.poll()
+            for descriptor in watched:
+                poller.register(descriptor, getattr(select, "POLLRDHUP", select.POLLIN))
+            gone = [descriptor for descriptor, events in poller.poll(0) if self._has_left(descriptor, events)]
+            with self._lock:
+                callbacks = [self._watched.pop(descriptor, None) for descriptor in gone]
+            for callback in filter(None, callbacks):
+                callback()
+            time.sleep(self.INTERVAL)
+
+    @staticmethod
+    def _has_left(descriptor: int, events: int) -> bool:
+        if hasattr(select, "POLLRDHUP") or events & (select.POLLHUP | select.POLLERR | select.POLLNVAL):
+            return True
+        with socket.socket(fileno=os.dup(descriptor)) as peeked:  # elsewhere: readable and empty means closed
+            try:
+                return peeked.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+            except OSError:
+                return False
+
+
+class RequestHandler(http.server.BaseHTTPRequestHandler):
+    """One connection: reads requests, calls their route, writes answers. The parsing of the base class is not used."""
+
+    server: HTTPServer
+
+    def setup(self) -> None:
+        self.connection: socket.socket = self.request
+        self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.reader = HTTPReader(self.connection)
+        self.busy, self.since = False, time.monotonic()
+        self.server.owner.connections.add(self)
+
+    def finish(self) -> None:
+        self.server.owner.connections.discard(self)
+
+    def handle(self) -> None:
+        owner: Server = self.server.owner
+        try:
+            while self._handle_one(owner):
+                if owner.draining:
+                    break
+        except (Disconnected, TimeoutError, OSError):
+            pass  # nobody is left to answer
+
+    def _handle_one(self, owner: Server) -> bool:
+        """One request and its answer; False when the connection ends with it."""
+        self.busy, self.since = False, time.monotonic()
+        self.http, self.body_read, self.head_sent, self.must_close = None, False, False, False
+        self.request_id, self.status, self.note, self.answer = secrets.token_hex(8), 0, "", None
+        self.reader.wait(IDLE_TIMEOUT)
+        started = self.since = time.monotonic()
+        try:
+            self.http = HTTPRequest.parse(self.reader.head())
+            self.busy = True
+            self._adopt_request_id()
+            owner.route(self)
+        except APIError as error:
+            self._answer_error(error)
+        except (Disconnected, ConnectionError, TimeoutError):
+            self.note, self.must_close = "client left", True
+        except Exception as error:
+            log.exception("request %s failed", self.request_id)
+            hidden = EngineError(str(error)) if isinstance(error, EngineError) else "internal error; the log has the details"
+            self._answer_error(APIError(str(hidden), status=500, type="server_error", code="internal_error",
+                                        headers={"x-should-retry": "false"}))
+        finally:
+            self._log_request(started)
+        return not self.must_close and self._finish_body()
+
+    def _adopt_request_id(self) -> None:
+        given = self.http.headers.get("x-request-id", "")
+        if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given):
+            self.request_id = given
+
+    def _log_request(self, started: float) -> None:
+        quiet = self.http is not None and self.http.path in ("/health", "/ready")
+        what = f"{self.http.method} {shorten(self.http.path, 80)}" if self.http else "bad request"
+        log.log(logging.DEBUG if quiet else logging.INFO, "request %s from %s: %s %s total=%.1fms%s", self.request_id,
+                self.client_address[0], what, self.status or "-", (time.monotonic() - started) * 1000,
+                " " + self.note if self.note else "")
+
+    # -- reading
+
+    def read_body(self) -> bytes:
+        """The whole body, within limits; asks a waiting client to send it."""
+        request, deadline = self.http, time.monotonic() + BODY_TIMEOUT
+        if request.content_length > MAX_BODY:
+            raise http_error(413, "request_too_large", f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
+        if request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1) and not self.reader.buffer:
+            self.connection.settimeout(SEND_TIMEOUT)
+            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+        try:
+            body = self._read_chunks(deadline) if request.chunked else self.reader.exactly(request.content_length, deadline)
+        except TimeoutError:
+            raise http_error(408, "request_timeout", f"the request's body took longer than {BODY_TIMEOUT:g} s") from None
+        self.body_read = True
+        return body
+
+    def _read_chunks(self, deadline: float) -> bytes:
+        body = bytearray()
+        while True:
+            size, _, extension = self.reader.line(1024, deadline).partition(b";")
+            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size.rstrip(b" \t")) or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", extension):
+                raise http_error(400, "invalid_value", "a chunk size of the body is not a hexadecimal number")
+            count = int(size, 16)
+            if len(body) + count > MAX_BODY:
+                raise http_error(413, "request_too_large", f"the body has more than {MAX_BODY} bytes")
+            if count == 0:
+                break
+            body += self.reader.exactly(count, deadline)
+            if self.reader.exactly(2, deadline) != b"\r\n":
+                raise http_error(400, "invalid_value", "a chunk of the body does not end where its size says")
+        for _ in range(MAX_HEADERS):  # trailers mean nothing here, but must be well formed
+            line = self.reader.line(MAX_LINE, deadline)
+            if not line:
+                return bytes(body)
+            if not HEADER_LINE.fullmatch(line):
+                break
+        raise http_error(400, "invalid_value", "the trailer of the chunked body is not valid")
+
+    def _finish_body(self) -> bool:
+        """Discard a body that no route read, so that the next request starts where it should; False if it is too long."""
+        request = self.http
+        if self.body_read or not (request.chunked or request.content_length):
+            return True
+        if request.chunked or request.content_length > MAX_REST or "expect" in request.headers:
+            return False
+        try:
+            self.reader.exactly(request.content_length, time.monotonic() + REST_TIMEOUT)
+        except (TimeoutError, Disconnected):
+            return False
+        return True
+
+    def read_json(self) -> dict:
+        """The body as a JSON object. A foreign page must ask first: what it may send without a preflight is refused."""
+        kind = self.http.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind in SIMPLE_TYPES and self._foreign_origin():
+            raise APIError(f"Content-Type is {shorten(kind) or 'missing'}; from another origin application/json is expected",
+                           status=415, code="unsupported_media_type")
+        return parse_json(self.read_body())
+
+    def _foreign_origin(self) -> bool:
+        origin = self.http.headers.get("origin")
+        return origin is not None and origin.partition("://")[2] != self.http.headers.get("host")
+
+    # -- writing
+
+    def _send(self, data: bytes) -> None:
+        self.connection.settimeout(SEND_TIMEOUT)
+        self.connection.sendall(data)
+
+    def _head(self, status: int, headers: dict[str, str]) -> bytes:
+        self.status, self.head_sent = status, True
+        keep = self.http is not None and self.http.keep_alive and not self.must_close and not self.server.owner.draining
+        self.must_close = not keep
+        every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **headers,
+                 **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})}
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in every.items())]
+        if any("\r" in line or "\n" in line for line in lines):
+            raise RuntimeError("a header holds a line break")
+        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+    def respond(self, status: int, body: bytes, content_type: str = "application/json", headers: dict[str, str] | None = None) -> None:
+        """A whole answer in one write."""
+        headers = {**({"Content-Type": content_type} if status != 204 else {}), **(headers or {})}
+        head = self._head(status, {**headers, **({"Content-Length": str(len(body))} if status != 204 else {})})
+        self._send(head if self.http and self.http.method == "HEAD" else head + body)
+
+    def respond_json(self, value: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.respond(status, json.dumps(value).encode(), headers=headers)
+
+    def _answer_error(self, error: APIError) -> None:
+        self.note = f"{self.note} error={error.code}".strip()
+        if error.status >= 500:
+            log.error("request %s: %s", self.request_id, error)
+        broken = isinstance(error, HTTPError) or self.http is None
+        self.must_close = self.must_close or broken
+        try:
+            if self.head_sent:  # a stream is open: its last event is the error
+                self.write_stream(event(error.body()))
+                self.end_stream()
+                self.must_close = True
+                return
+            self.respond_json(error.body(), error.status, error.headers)
+            if broken:
+                self._linger()
+        except OSError:
+            self.must_close = True
+
+    def _linger(self) -> None:
+        """Let the client read the answer before unread input makes the kernel reset the connection."""
+        deadline = time.monotonic() + REST_TIMEOUT
+        try:
+            self.connection.shutdown(socket.SHUT_WR)
+            for _ in range(256):
+                self.connection.settimeout(max(0.01, deadline - time.monotonic()))
+                if time.monotonic() > deadline or not self.connection.recv(65536):
+                    break
+        except OSError:
+            pass
+
+    def start_stream(self) -> None:
+        self._chunked = self.http.version == (1, 1)
+        self.must_close = self.must_close or not self._chunked
+        self._pending = self._head(200, {
+            "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
+            **({"Transfer-Encoding": "chunked"} if self._chunked else {})})
+
+    def write_stream(self, data: bytes) -> None:
+        """Send events, as one chunk and one write (with the head, the first time)."""
+        framed = b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data
+        framed, self._pending = self._pending + framed, b""
+        self._send(framed)
+
+    def end_stream(self) -> None:
+        self._send(self._pending + (b"0\r\n\r\n" if self._chunked else b""))
+
+
+class HTTPServer(http.server.ThreadingHTTPServer):
+    """The listening socket: a thread a connection, up to a limit."""
+
+    daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, True
+
+    def __init__(self, owner: Server, host: str, port: int, max_connections: int):
+        self.owner, self._max_connections = owner, max_connections
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = family
+        super().__init__(address, RequestHandler)
+
+    def server_bind(self) -> None:
+        socketserver.TCPServer.server_bind(self)  # the base class would look the host's name up
+        self.server_name, self.server_port = self.server_address[:2]
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):  # the accept loop would spin until a file is closed
+                time.sleep(0.05)
+            raise
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        """At the cap the oldest connection without a request makes room; if all are at work, the newcomer is refused."""
+        connections = list(self.owner.connections)
+        if len(connections) >= self._max_connections:
+            idle = [handler for handler in connections if not handler.busy]
+            if not idle:
+                self._refuse(request)
+                return
+            close_socket(min(idle, key=lambda handler: handler.since).connection)
+        super().process_request(request, client_address)
+
+    def _refuse(self, request: socket.socket) -> None:
+        body = json.dumps(UnavailableError(f"all {self._max_connections} connections are in use", code="too_many_connections").body())
+        head = (f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
+                "Retry-After: 1\r\nConnection: close\r\n\r\n")
+        try:
+            request.settimeout(0.1)
+            request.sendall((head + body).encode())
+        except OSError:
+            pass
+        self.shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        log.exception("connection of %s failed", client_address[0])
+
+
+def close_socket(connection: socket.socket) -> None:
+    """Wake whoever reads the socket; its own thread closes it."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
+class Server:
+    """The HTTP server of one LLM, inside any program; it serves from construction until `stop` (or use `with`).
+
+    llm may be None and set later through `attach`: until then /ready says 503. port 0 picks a free port; `port` and
+    `url` tell which. Raises OSError if the address cannot be bound. The LLM stays the caller's to close.
+    """
+
+    def __init__(self, llm: LLM | None = None, *, host: str = "127.0.0.1", port: int = 8000, cors_origins: str = "*",
+                 max_connections: int = 400):
+        self._llm, self.draining, self._cors = llm, False, {origin.strip() for origin in cors_origins.split(",")}
+        self.connections: set[RequestHandler] = set()
+        self._answers: set[Answer] = set()
+        self._probe = MachineProbe(self._card_index(llm))
+        self._http = HTTPServer(self, host, port, max_connections)
+        self._watcher = Watcher()
+        self.host, self.port = host, self._http.server_port
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="rustinfer-http", daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
+        return f"http://{shown}:{self.port}"
+
+    def attach(self, llm: LLM) -> None:
+        """The model is loaded: answer requests."""
+        self._probe = MachineProbe(self._card_index(llm))
+        self._llm = llm
+
+    @staticmethod
+    def _card_index(llm: LLM | None) -> int | None:
+        return llm.device_index if llm else None
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def stop(self, drain_timeout: float = 30.0) -> None:
+        """Refuse new requests, let running ones finish within the timeout, end the rest with an error, close."""
+        if self._http is None:
+            return
+        self.draining = True
+        deadline = time.monotonic() + drain_timeout
+        self._wait(lambda: not self._busy() or time.monotonic() > deadline)
+        for answer in list(self._answers):
+            answer.handle.abort()
+        self._wait(lambda: not self._busy() or time.monotonic() > deadline + 2)  # they write their last event
+        http_server, self._http = self._http, None
+        http_server.shutdown()
+        http_server.server_close()
+        for handler in list(self.connections):
+            close_socket(handler.connection)
+        self._wait(lambda: not self.connections or time.monotonic() > deadline + 4)
+        self._thread.join()
+        self._watcher.close()
+
+    def _busy(self) -> bool:
+        return any(handler.busy for handler in list(self.connections))
+
+    @staticmethod
+    def _wait(done: Callable[[], bool]) -> None:
+        while not done():
+            time.sleep(0.01)
+
+    # -- routes; each runs on its connection's thread
+
+    def route(self, handler: RequestHandler) -> None:
+        path, method = handler.http.path, handler.http.method
+        table = {
+            "/health": {"GET": self._health}, "/ready": {"GET": self._ready}, "/v1/metrics": {"GET": self._metrics},
+            "/v1/models": {"GET": self._models}, "/": {"GET": self._page},
+            "/v1/chat/completions": {"GET": self._chat_by_query, "POST": self._chat},
+        }
+        routes = {"GET": self._model} if path.startswith("/v1/models/") else table.get(path)
+        if method == "OPTIONS" and (routes or path == "*"):
+            return self._options(handler, routes or {})
+        if routes is None:
+            raise APIError(f"there is no {shorten(path)} here", status=404, code="not_found")
+        action = routes.get("GET" if method == "HEAD" else method)
+        if action is None:
+            raise APIError(f"{shorten(path)} does not take {shorten(method, 40)}", status=405, code="method_not_allowed",
+                           headers={"Allow": self._allow(routes)})
+        action(handler)
+
+    @staticmethod
+    def _allow(routes: dict) -> str:
+        return ", ".join([*routes, *(["HEAD"] if "GET" in routes else []), "OPTIONS"])
+
+    def cors_headers(self, request: HTTPRequest | None) -> dict[str, str]:
+        """Who may read the answer from a browser; never with credentials."""
+        if "*" in self._cors:
+            allowed = {"Access-Control-Allow-Origin": "*"}
+        else:
+            origin = request.headers.get("origin") if request else None
+            allowed = {"Vary": "Origin", **({"Access-Control-Allow-Origin": origin} if origin in self._cors else {})}
+        return {**allowed, "Access-Control-Expose-Headers": "x-request-id"}
+
+    def _options(self, handler: RequestHandler, routes: dict) -> None:
+        allow = self._allow(routes)
+        handler.respond(204, b"", headers={
+            "Allow": allow, "Access-Control-Allow-Methods": allow, "Access-Control-Allow-Headers": "*, Authorization",
+            "Access-Control-Max-Age": "600"})
+
+    def _health(self, handler: RequestHandler) -> None:
+        dead = self._llm is not None and self._llm.engine.dead is not None
+        handler.respond_json({"status": "unhealthy" if dead else "healthy", "service": "rustinfer-server"}, 503 if dead else 200)
+
+    def _ready(self, handler: RequestHandler) -> None:
+        loaded = self._llm is not None and self._llm.engine.dead is None
+        status = "draining" if self.draining else "ready" if loaded else "loading" if self._llm is None else "failed"
+        handler.respond_json({"status": status, "model_loaded": loaded}, 200 if status == "ready" else 503)
+
+    def _metrics(self, handler: RequestHandler) -> None:
+        engine = {"engine": self._llm.engine.snapshot()} if self._llm else {}
+        handler.respond_json({**self._probe.snapshot(), **engine})
+
+    def _page(self, handler: RequestHandler) -> None:
+        folder = find_data("web")
+        page = folder / "index.html" if folder else None
+        if page is not None and page.is_file():
+            handler.respond(200, page.read_bytes(), "text/html; charset=utf-8")
+        else:
+            handler.respond(200, b"rustinfer serves its API under /v1; the page (web/index.html) is not installed here.\n",
+                            "text/plain; charset=utf-8")
+
+    def _ready_llm(self) -> LLM:
+        if self.draining:
+            raise UnavailableError("the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        if self._llm is None:
+            raise UnavailableError("the model is still loading", headers={"Retry-After": "2"})
+        return self._llm
+
+    @staticmethod
+    def _model_object(llm: LLM) -> dict:
+        return {"id": llm.name, "object": "model", "created": llm.created, "owned_by": "rustinfer", "max_model_len": llm.max_model_len}
+
+    def _models(self, handler: RequestHandler) -> None:
+        handler.respond_json({"object": "list", "data": [self._model_object(self._ready_llm())]})
+
+    def _model(self, handler: RequestHandler) -> None:
+        llm = self._ready_llm()
+        self._check_model(llm, urllib.parse.unquote(handler.http.path.removeprefix("/v1/models/")))
+        handler.respond_json(self._model_object(llm))
+
+    @staticmethod
+    def _check_model(llm: LLM, name: str | None) -> None:
+        if name is not None and name != llm.name:
+            raise APIError(f"the model {shorten(name)!r} does not exist; {llm.name!r} is served", "model", status=404, code="model_not_found")
+
+    def _chat(self, handler: RequestHandler) -> None:
+        llm = self._ready_llm()
+        self._answer_chat(handler, llm, parse_chat(handler.read_json(), llm.default_params))
+
+    def _chat_by_query(self, handler: RequestHandler) -> None:
+        """For EventSource, which can only GET: the body's fields as query parameters, streaming unless told not to."""
+        llm = self._ready_llm()
+        values = {"stream": True, **parse_query(handler.http.query, CHAT_FIELDS)}
+        self._answer_chat(handler, llm, parse_chat(values, llm.default_params))
+
+    def _answer_chat(self, handler: RequestHandler, llm: LLM, request: ChatRequest) -> None:
+        self._check_model(llm, request.model)
+        if handler.http.method == "HEAD":
+            return handler.respond(200, b"", "text/event-stream; charset=utf-8")
+        handler.note = f"user={json.dumps(shorten(request.user, 64))}" if request.user else ""
+        answer = llm.submit(llm.template.encode(request.messages), request.params, param="messages")
+        chat = ChatAnswer(answer, llm.name, request.include_usage)
+        self._answers.add(answer)
+        self._watcher.add(handler.connection, answer.handle.abort)
+        try:
+            (self._stream if request.stream else self._complete)(handler, llm, chat)
+        finally:
+            self._watcher.discard(handler.connection)
+            self._answers.discard(answer)
+            answer.handle.abort()
+            handler.note = f"{handler.note} {self._describe(answer)}".strip()
+
+    def _complete(self, handler: RequestHandler, llm: LLM, chat: ChatAnswer) -> None:
+        answer = chat.answer
+        rarely = 8 if answer.handle.seq.params.stop else 1 << 31  # only stop strings need a look before the end
+        while answer.finish_reason is None:
+            answer.advance(at_least=rarely)
+        self._check_finished(answer)
+        handler.respond_json(chat.completion())
+
+    def _stream(self, handler: RequestHandler, llm: LLM, chat: ChatAnswer) -> None:
+        """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
+        answer, interval = chat.answer, llm.config.stream_interval
+        parts = answer.advance(PING_INTERVAL)
+        handler.start_stream()
+        events = chat.first_event()
+        while True:
+            written = time.monotonic()
+            events += b"".join([chat.text_event(text) for text, _ in parts if text])
+            if answer.finish_reason is not None:
+                break
+            handler.write_stream(events or b": ping\n\n")
+            if answer.tokens:
+                time.sleep(max(0.0, interval - (time.monotonic() - written)))
+            parts, events = answer.advance(PING_INTERVAL), b""
+        self._check_finished(answer)
+        handler.write_stream(events + chat.last_events())
+        handler.end_stream()
+
+    def _check_finished(self, answer: Answer) -> None:
+        """An aborted answer has no client, or the server is ending."""
+        if answer.finish_reason == "abort":
+            raise UnavailableError("the server is shutting down", code="shutting_down") if self.draining else Disconnected
+
+    @staticmethod
+    def _describe(answer: Answer) -> str:
+        seq, timing = answer.handle.seq, answer.handle.timing
+        return (f"prompt={seq.num_prompt_tokens} cached={seq.num_cached_tokens} completion={len(answer.tokens)} "
+                f"queue={timing.queue_s * 1000:.1f}ms first_token={timing.ttft_s * 1000:.1f}ms "
+                f"finish={answer.finish_reason or answer.handle.finish_reason or 'abort'}")
+
+
+# ==============================================================================
+# CLI -- main(argv) -> exit code
+# uses: everything above
+# ==============================================================================
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """--help, from the settings table."""
+    parser = OneLineParser(prog="rustinfer", description="OpenAI-compatible inference server for Llama-3 models.",
+                           allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 32, 110))
+    for setting in SETTINGS:
+        shown = "" if setting.default is None or setting.parse is parse_switch else f" (default: {setting.default})"
+        extra = {"action": "store_const", "const": "1"} if setting.parse is parse_switch else {"metavar": setting.metavar}
+        parser.add_argument(setting.flag, help=f"{setting.help}{shown} [{setting.variable}]".replace("%", "%%"), **extra)
+    parser.add_argument("--version", action="version", version=f"rustinfer {__version__}")
+    return parser
+
+
+def read_settings(argv: Seq[str] | None, environment: dict[str, str]) -> dict[str, Any]:
+    """Every setting from its flag, else its environment variable, else its default."""
+    given = vars(build_parser().parse_args(argv))
+    values = {}
+    for setting in SETTINGS:
+        flag, variable = given[setting.name], environment.get(setting.variable) or None
+        text, origin = (flag, setting.flag) if flag is not None else (variable, setting.variable)
+        values[setting.name] = setting.default if text is None else check_setting(setting, text, origin)
+    return values
+
+
+class DroppingLogHandler(logging.Handler):
+    """Writes records to a stream from its own thread; when nobody reads the stream they are dropped, never waited for."""
+
+    def __init__(self, stream: Any):
+        super().__init__()
+        self._queue: queue.Queue[str | None] = queue.Queue(10_000)
+        self._stream = stream
+        self._thread = threading.Thread(target=self._write, name="rustinfer-log", daemon=True)
+        self._thread.start()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: f"\\x{ord(match.group()):02x}", self.format(record))
+        try:
+            self._queue.put_nowait(text)
+        except queue.Full:
+            pass
+
+    def _write(self) -> None:
+        while (text := self._queue.get()) is not None:
+            try:
+                self._stream.write(text + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                pass  # a closed pipe or a full disk must not stop the server
+
+    def close(self) -> None:
+        try:
+            self._queue.put_nowait(None)
+            self._thread.join(1.0)
+        except queue.Full:
+            pass
+        super().close()
+
+
+class Progress:
+    """Shows how far a long task is: a line that counts up on a terminal, a log line now and then elsewhere."""
+
+    def __init__(self):
+        self._shown = time.monotonic()
+
+    def __call__(self, what: str, part: float) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{what} {part:4.0%}", end="\n" if part >= 1 else "", file=sys.stderr, flush=True)
+        elif part >= 1 or time.monotonic() - self._shown > 2:
+            self._shown = time.monotonic()
+            log.info("%s %.0f%%", what, part * 100)
+
+
+def describe_model(llm: LLM, server: Server) -> str:
+    size = llm.num_parameters
+    shown = f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
+    return (f"rustinfer {__version__} serves {llm.name} ({shown} parameters) on {llm.backend_name} ({llm.backend_reason}), "
+            f"KV cache {llm.kv_capacity} tokens, context {llm.max_model_len}, at {server.url}")
+
+
+class Interrupted(BaseException):
+    """A signal came while the model was loading."""
+
+
+class Shutdown:
+    """SIGTERM and SIGINT: the first asks for a clean end, the second ends the process at once."""
+
+    def __init__(self):
+        self.asked, self.loading = threading.Event(), True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.asked.is_set():
+            os._exit(1)
+        self.asked.set()
+        if self.loading:
+            raise Interrupted
+
+
+def serve(settings: dict[str, Any]) -> int:
+    """Bind, load, serve until a signal or the engine's death; the exit code."""
+    shutdown = Shutdown()
+    config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
+    server = llm = None
+    try:
+        server = Server(None, host=settings["host"], port=settings["port"], cors_origins=settings["cors_origins"],
+                        max_connections=settings["max_connections"])
+        log.info("listening on %s, loading the model", server.url)
+        llm = LLM(settings["model"], served_model_name=settings["served_model_name"], progress=Progress(), **config)
+        llm.engine.on_death = shutdown.asked.set
+        server.attach(llm)
+        shutdown.loading = False
+        print(describe_model(llm, server), flush=True)
+        shutdown.asked.wait()
+    except Interrupted:
+        pass
+    shutdown.loading = False
+    log.info("shutting down")
+    failed = llm is not None and llm.engine.dead is not None
+    server.stop(0 if failed or llm is None else settings["drain_timeout"])
+    if llm is not None:
+        llm.close()
+    log.info("stopped")
+    return 1 if failed else 0
+
+
+def main(argv: Seq[str] | None = None) -> int:
+    """Run the server; 0 after a clean shutdown, 1 if it could not serve, 2 for a wrong flag."""
+    handler = None
+    try:
+        settings = read_settings(argv, os.environ)
+        handler = DroppingLogHandler(sys.stderr)
+        log.addHandler(handler)
+        log.setLevel(settings["log_level"].upper())
+        return serve(settings)
+    except SettingsError as error:
+        print(f"rustinfer: {error}", file=sys.stderr)
+        return 2
+    except (RustinferError, OSError) as error:
+        print(f"rustinfer: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if handler:
+            log.removeHandler(handler)
+            handler.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
