@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.11"
-# dependencies = ["numpy>=1.26", "safetensors>=0.4.3", "tokenizers>=0.20", "jinja2>=3.1", "psutil>=5.9", "threadpoolctl>=3.2"]
+# dependencies = [
+#   "numpy>=1.26", "safetensors>=0.4.3", "tokenizers>=0.21", "jinja2>=3.1", "psutil>=5.9", "threadpoolctl>=3.2",
+# ]
 # ///
 """rustinfer -- an OpenAI-compatible inference server for Llama-3 models, in one file.
 
@@ -22,8 +24,8 @@ Life of a request
 Sections, each using only the ones above it
   Errors, Settings
   I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, Model, Sampler
-  II.  many requests at once:        KV cache, Scheduler, Metrics, Engine, LLM
-  III. the wire:                     API, Server, CLI
+  II.  many requests at once:        KV cache, Scheduler, Metrics, Engine
+  III. the wire:                     API, LLM, Server, CLI
 
 Letters: T tokens in the step, B sequences, H query heads, K KV heads, D head_dim, C hidden_size,
 F intermediate_size (or any output width), V vocab, L layers, N blocks, S block size.
@@ -64,6 +66,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence as Seq
 
 import jinja2
+import jinja2.ext
 import jinja2.sandbox
 import numpy as np
 import psutil
@@ -160,12 +163,12 @@ def shorten(value: Any, limit: int = 200) -> str:
 def parse_bytes(text: str | int) -> int:
     """`512MiB`, `4GB`, `2g` or a plain number of bytes."""
     text = str(text)
-    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE | re.ASCII)
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE | re.ASCII)
     if not match:
         raise ValueError("a number of bytes such as 4GiB or 500MB")
     number, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip()[-1] in "bB" else 1024  # GB is decimal; GiB and G are binary
-    return int(float(number) * base ** " kmgt".index(unit.lower() or " "))
+    return int(float(number) * base ** " kmgt".index((unit or " ").lower()))
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -185,7 +188,7 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
     def parse(text: str) -> float:
         try:
-            value = float(text)
+            value = float(str(text))  # not of True or a list
         except ValueError:
             value = math.nan
         if not low <= value <= high:
@@ -253,7 +256,8 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("model", None, parse_text, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID", "MODEL_PATH"),
+    Setting("model", None, parse_text, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID",
+            "MODEL_PATH"),
     Setting("served_model_name", None, parse_text, "model id in the API (default: the last part of --model)", "NAME"),
     Setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 is every address", "ADDRESS", "HOST"),
     Setting("port", 8000, whole(0, 65535), "port to listen on; 0 picks a free one and prints it", "PORT", "PORT"),
@@ -303,8 +307,8 @@ class EngineConfig:
 
     def __post_init__(self):
         for setting in SETTINGS:
-            value = getattr(self, setting.name, None)
-            if value is not None:
+            value = getattr(self, setting.name, setting.default)
+            if value is not setting.default:  # a default of None is "find out"; None is not a value of the others
                 object.__setattr__(self, setting.name, check_setting(setting, value, setting.name))
 
 
@@ -329,9 +333,9 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        self._freeze("stop", stop, str, "strings that are not empty")
+        self._freeze("stop_token_ids", self.stop_token_ids, int, "token ids")
         for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
                                 ("seed", -(1 << 63), (1 << 64) - 1), ("max_tokens", 1, 1 << 31), ("logprobs", 0, 20)):
             value = getattr(self, name)
@@ -344,8 +348,16 @@ class SamplingParams:
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
         if self.top_p == 0:
             raise APIError("top_p is 0; it must be above 0", "top_p")
-        if not all(isinstance(text, str) and text for text in stop):
-            raise APIError("stop must be a string or a list of strings that are not empty", "stop")
+        if not isinstance(self.ignore_eos, bool):
+            raise InvalidTypeError(f"ignore_eos is {shorten(self.ignore_eos)}; it must be true or false", "ignore_eos")
+
+    def _freeze(self, name: str, values: Any, kind: type, wanted: str) -> None:
+        """Keep a list as a tuple, once each element is of its kind."""
+        values = () if values is None else values
+        if not isinstance(values, (list, tuple)) or not all(
+                isinstance(value, kind) and not isinstance(value, bool) and value != "" for value in values):
+            raise InvalidTypeError(f"{name} is {shorten(values)}; it must be a list of {wanted}", name)
+        object.__setattr__(self, name, tuple(values))
 
 
 # ==============================================================================
@@ -370,7 +382,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: Path):
-        path = folder / "tokenizer.json"
+        path, self._folder = folder / "tokenizer.json", folder
         if not path.is_file():
             raise CheckpointError(f"{path}: not found; a model folder needs tokenizer.json")
         try:
@@ -382,24 +394,40 @@ class Tokenizer:
         self.inner.no_padding()
         self.settings = read_json(folder / "tokenizer_config.json", {})
         self._promote_controls(spec)
-        self._plain = tokenizers.Tokenizer.from_str(self.inner.to_str())
-        self._plain.encode_special_tokens = True
+        source = self.inner.to_str()
+        self._plain = self._inside = self._read_plain(source)
+        if (first := '"prepend_scheme":"first"') in source:  # a space before the text, but none after a special token
+            self._inside = self._read_plain(source.replace(first, '"prepend_scheme":"never"'))
         self._read_decoder(path, spec.get("decoder") or {})
         self._bytes: dict[int, bytes] = {}
         self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
 
+    @staticmethod
+    def _read_plain(source: str) -> tokenizers.Tokenizer:
+        """The tokenizer, to which the spellings of special tokens are text."""
+        plain = tokenizers.Tokenizer.from_str(source)
+        plain.encode_special_tokens = True
+        return plain
+
     def _promote_controls(self, spec: dict) -> None:
         """Some files leave end-of-turn tokens unmarked: bos, eos and <|...|> spellings are always control tokens."""
-        added = {token["content"]: token for token in spec.get("added_tokens", [])}
+        added = {token["content"]: token for token in spec.get("added_tokens") or []}
         named = {self.special_text(name) for name in ("bos_token", "eos_token", "pad_token")}
-        unmarked = [text for text, token in added.items()
+        ends = (self.special_text("bos_token"), self.special_text("eos_token"))  # these may be in the vocabulary only
+        known = added | {text: {} for text in ends if text not in added and self.inner.token_to_id(text) is not None}
+        unmarked = [text for text, token in known.items()
                     if not token.get("special") and (text in named or re.fullmatch(r"<\|.*\|>", text))]
-        self.inner.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in unmarked])
-        self.special_ids = {self.inner.token_to_id(text) for text, token in added.items()
+        self.inner.add_special_tokens(
+            [tokenizers.AddedToken(text, special=True, normalized=False) for text in unmarked])
+        self.special_ids = {self.inner.token_to_id(text) for text, token in known.items()
                             if token.get("special") or text in unmarked}
         self.specials = sorted((self.inner.id_to_token(i) for i in self.special_ids), key=len, reverse=True)
         self._added = {token["id"]: token["content"] for token in added.values()}
         self._special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
+        beside = lambda text, side, spaces: spaces if known[text].get(side) else ""  # a token may swallow them
+        self._rendered_pattern = re.compile("|".join(
+            beside(text, "lstrip", r"(?:(?<!\s)\s+)?") + f"({re.escape(text)})" + beside(text, "rstrip", r"\s*")
+            for text in self.specials) or r"(?!)")
 
     def _read_decoder(self, path: Path, decoder: dict) -> None:
         parts = decoder.get("decoders", [decoder])
@@ -409,7 +437,8 @@ class Tokenizer:
             return
         if kinds & {"Metaspace", "ByteFallback", "Replace"}:
             strips = [part.get("start", 0) for part in parts if part.get("type") == "Strip"]
-            self.strip_start = strips[0] if strips else int("Metaspace" in kinds)
+            strips += [int(part.get("prepend_scheme") != "never") for part in parts if part.get("type") == "Metaspace"]
+            self.strip_start = strips[0] if strips else 0
         else:
             found = ", ".join(sorted(map(str, kinds)))
             raise CheckpointError(f"{path}: decoder is {found}; ByteLevel and Metaspace/ByteFallback are supported")
@@ -417,34 +446,47 @@ class Tokenizer:
     def special_text(self, name: str) -> str:
         """The text of `bos_token` and the like in tokenizer_config.json, or ''."""
         value = self.settings.get(name) or ""
-        return value.get("content", "") if isinstance(value, dict) else value
+        value = value.get("content") if isinstance(value, dict) else value
+        if not isinstance(value, str):
+            path, found = self._folder / "tokenizer_config.json", shorten(self.settings[name])
+            raise CheckpointError(f"{path}: {name} is {found}; a token's text is expected")
+        return value
 
     def token_to_id(self, text: str) -> int | None:
         return self.inner.token_to_id(text)
 
+    @staticmethod
+    def _ids(tokenizer: tokenizers.Tokenizer, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Unlike `encode`, the library's batch call lets other threads run, which a long text would freeze."""
+        try:
+            return tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        except TypeError:
+            raise APIError("the text holds half of a surrogate pair, which is not Unicode") from None
+
     def encode(self, text: str) -> list[int]:
         """Ids of plain text: no BOS, spellings of special tokens are only text."""
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return self._ids(self._plain, text)
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of a text to be continued: with the BOS that the tokenizer adds, spellings are only text."""
-        return self._plain.encode(text, add_special_tokens=True).ids
+        return self._ids(self._plain, text, add_special_tokens=True)
 
     def encode_rendered(self, text: str, mark: str) -> list[int]:
         """Ids of a rendered template: specials are tokens, except where `mark` broke their spelling.
 
         Text between two specials is encoded as one piece, as the reference does.
         """
+        encode = lambda start, end: self._ids(self._inside if start else self._plain, text[start:end].replace(mark, ""))
         ids, start = [], 0
-        for match in self._special_pattern.finditer(text):
-            ids += self.encode(text[start : match.start()].replace(mark, ""))
-            ids.append(self.inner.token_to_id(match.group()))
+        for match in self._rendered_pattern.finditer(text):
+            ids += encode(start, match.start())
+            ids.append(self.inner.token_to_id(match[match.lastindex]))
             start = match.end()
-        return ids + self.encode(text[start:].replace(mark, ""))
+        return ids + encode(start, len(text))
 
     def break_specials(self, text: str, mark: str) -> str:
-        """The text with `mark` inside every spelling of a special token."""
-        return self._special_pattern.sub(lambda match: match.group()[0] + mark + match.group()[1:], text)
+        """The text with `mark` all through every spelling of a special token, so that no part of it is one either."""
+        return self._special_pattern.sub(lambda match: mark.join(match.group()) + mark, text)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token adds to the text; special tokens add none."""
@@ -512,7 +554,10 @@ class StreamDecoder:
 
 
 class StopMatcher:
-    """Finds stop strings in streamed text and holds back what may be the start of one."""
+    """Finds stop strings in streamed text and holds back what may be the start of one.
+
+    The first to be complete wins (of several, the longest), so that the answer does not depend on the pieces.
+    """
 
     def __init__(self, stops: Seq[str]):
         self._stops, self._held = tuple(stops), ""
@@ -525,7 +570,7 @@ class StopMatcher:
         held = self._held + text
         found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
-            at, self.matched = min(found, key=lambda hit: (hit[0], -len(hit[1])))
+            at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self._held = ""
             return held[:at]
         keep = max(self._overlap(held, stop) for stop in self._stops)
@@ -551,8 +596,8 @@ def read_json(path: Path, default: Any = None) -> Any:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: not found") from None
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: is not valid JSON: {shorten(error)}") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {shorten(error)}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds {type(value).__name__}; a JSON object is expected")
     return value
@@ -574,6 +619,46 @@ BUILTIN_TEMPLATES = (  # (a special token that gives the family away, its templa
 )
 END_OF_TURN = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end_of_text|>")
 MAX_RENDERED = 8 << 20  # characters; a template that makes more is refused
+MAX_RENDER_SECONDS = 10.0
+
+
+class TemplateTags(jinja2.ext.Extension):
+    """{% generation %}, which transformers uses for training and is nothing here, and a clock in loops and macros."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Any) -> list:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def filter_stream(self, stream: Any) -> Iterator:
+        """Write {{ check_time() }} after each {% for %} and {% macro %}."""
+        before, repeats = None, False
+        for token in stream:
+            yield token
+            if before == "block_begin":
+                repeats = token.value in ("for", "macro")
+            if token.type == "block_end" and repeats:
+                for kind, value in (("variable_begin", "{{"), ("name", "check_time"), ("lparen", "("), ("rparen", ")"),
+                                    ("variable_end", "}}")):
+                    yield jinja2.lexer.Token(token.lineno, kind, value)
+            before = token.type
+
+
+class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox, which also bounds what one operator may make."""
+
+    intercepted_binops = frozenset(("+", "*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        size = lambda v: len(v) if hasattr(v, "__len__") else v.bit_length() if isinstance(v, int) else 64
+        made = size(left) * abs(right) if operator == "**" else size(left) + size(right)
+        for sequence, times in ((left, right), (right, left)):
+            if operator == "*" and hasattr(sequence, "__len__") and isinstance(times, int):
+                made = len(sequence) * times
+        if made > MAX_RENDERED:
+            raise jinja2.TemplateError(f"{operator} makes a value longer than {MAX_RENDERED}")
+        return super().call_binop(context, operator, left, right)
 
 
 class ChatTemplate:
@@ -594,7 +679,10 @@ class ChatTemplate:
         """The template's source and where it came from."""
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8"), str(path)
+            try:
+                return path.read_text(encoding="utf-8"), str(path)
+            except (OSError, UnicodeDecodeError) as error:
+                raise CheckpointError(f"{path}: cannot be read: {shorten(error)}") from None
         value, origin = tokenizer.settings.get("chat_template"), str(folder / "tokenizer_config.json")
         if isinstance(value, list):  # several named ones
             named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
@@ -612,10 +700,11 @@ class ChatTemplate:
             raise jinja2.TemplateError(message)
 
         def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+            return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators,
+                              sort_keys=sort_keys)
 
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+        environment = TemplateSandbox(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", TemplateTags])
         environment.filters["tojson"] = tojson
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -637,11 +726,16 @@ class ChatTemplate:
     def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
         """The prompt as text."""
         if self._template is None:
-            raise APIError("this model has no chat template, and none of the built-in ones fits its vocabulary", "messages")
-        names = {name: self._tokenizer.special_text(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+            raise APIError("this model has no chat template, and no built-in one fits its vocabulary", "messages")
+        names = {name: self._tokenizer.special_text(name)
+                 for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        names |= {"tools": None, "documents": None}  # transformers passes them always: templates ask `is not none`
+        deadline = time.monotonic() + MAX_RENDER_SECONDS
+        names["check_time"] = lambda: self._check_time(deadline)
         parts, size = [], 0
         try:
-            for part in self._template.generate(messages=messages, add_generation_prompt=add_generation_prompt, **names):
+            for part in self._template.generate(
+                    messages=messages, add_generation_prompt=add_generation_prompt, **names):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_RENDERED:
@@ -649,8 +743,15 @@ class ChatTemplate:
         except APIError:
             raise
         except Exception as error:  # a template is the model's own program: whatever it raises is about these messages
-            raise APIError(f"the chat template refuses these messages: {shorten(error)}", "messages") from None
+            reason = str(error) if isinstance(error, jinja2.TemplateError) else error
+            raise APIError(f"the chat template refuses these messages: {shorten(reason)}", "messages") from None
         return "".join(parts)
+
+    @staticmethod
+    def _check_time(deadline: float) -> str:
+        if time.monotonic() > deadline:
+            raise APIError(f"the chat template takes more than {MAX_RENDER_SECONDS:g} s for these messages", "messages")
+        return ""
 
     @classmethod
     def _map_strings(cls, value: Any, change: Callable[[str], str]) -> Any:
@@ -698,7 +799,8 @@ class ModelConfig:
         heads, hidden = get("num_attention_heads"), get("hidden_size")
         kv_heads = get("num_key_value_heads", heads)
         if heads % kv_heads:
-            raise CheckpointError(f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+            raise CheckpointError(
+                f"{path}: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
         head_dim = get("head_dim", hidden // heads)
         if head_dim % 2:
             raise CheckpointError(f"{path}: head_dim is {head_dim}; an even number is expected")
@@ -711,13 +813,13 @@ class ModelConfig:
 
     @staticmethod
     def _check_kind(path: Path, spec: dict) -> None:
-        kinds = spec.get("architectures") or [spec.get("model_type")]
-        if kinds[0] not in ("LlamaForCausalLM", "llama"):
-            raise CheckpointError(f"{path}: architecture is {shorten(kinds[0])}; LlamaForCausalLM is supported")
+        kinds = spec.get("architectures") or spec.get("model_type")
+        if kinds not in (["LlamaForCausalLM"], "llama"):
+            raise CheckpointError(f"{path}: architecture is {shorten(kinds)}; LlamaForCausalLM is supported")
         if spec.get("hidden_act", "silu") != "silu":
             raise CheckpointError(f"{path}: hidden_act is {shorten(spec['hidden_act'])}; silu is supported")
         if spec.get("quantization_config"):
-            raise CheckpointError(f"{path}: has a quantization_config; unquantized bf16, f16 and f32 weights are supported")
+            raise CheckpointError(f"{path}: has a quantization_config; bf16, f16 and f32 weights are supported")
 
     @staticmethod
     def _positive(path: Path, spec: dict, name: str, default: Any = None, kind: Any = int) -> Any:
@@ -731,20 +833,26 @@ class ModelConfig:
     def _rope(cls, path: Path, spec: dict) -> tuple[float, dict | None]:
         """rope_theta and scaling, spelled the old way (top level, rope_scaling) or the new (rope_parameters)."""
         scaling = spec.get("rope_scaling") or spec.get("rope_parameters") or {}
-        theta = scaling.get("rope_theta") or spec.get("rope_theta") or 10000.0
+        if not isinstance(scaling, dict):
+            raise CheckpointError(f"{path}: rope_scaling is {shorten(scaling)}; a JSON object is expected")
+        theta = cls._positive(path, scaling if "rope_theta" in scaling else spec, "rope_theta", 10000.0, (int, float))
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
         needed = {"default": (), "linear": ("factor",), "llama3": (
             "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")}
-        if kind not in needed:
+        if not isinstance(kind, str) or kind not in needed:
             raise CheckpointError(f"{path}: rope type is {shorten(kind)}; {', '.join(needed)} are supported")
         for name in needed[kind]:
             cls._positive(path, scaling, name, kind=(int, float))
+        if kind == "llama3" and scaling["high_freq_factor"] <= scaling["low_freq_factor"]:
+            raise CheckpointError(f"{path}: high_freq_factor is {scaling['high_freq_factor']}; "
+                                  f"more than low_freq_factor {scaling['low_freq_factor']} is expected")
         return float(theta), {**scaling, "rope_type": kind} if kind != "default" else None
 
     @staticmethod
     def _eos(folder: Path, spec: dict) -> tuple[int, ...]:
         """End-of-sequence ids of generation_config.json, else config.json."""
-        value = read_json(folder / "generation_config.json", {}).get("eos_token_id", spec.get("eos_token_id"))
+        value = read_json(folder / "generation_config.json", {}).get("eos_token_id")
+        value = spec.get("eos_token_id") if value is None else value
         ids = value if isinstance(value, list) else [value]
         return tuple(i for i in ids if isinstance(i, int))
 
@@ -767,7 +875,7 @@ class RawTensor(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a model folder by name; closing it drops the maps."""
+    """The tensors of a model folder by name; a file is mapped only while a tensor read from it lives."""
 
     DTYPES = {"BF16": np.uint16, "F16": np.float16, "F32": np.float32}
 
@@ -780,15 +888,19 @@ class Checkpoint:
                              for _, dtype, shape, _ in self._where.values())
 
     def _files(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
+        whole_file, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
+        if whole_file.is_file():
+            return [whole_file]
         if not index.is_file():
-            if not (self.folder / "model.safetensors").is_file():
-                raise CheckpointError(f"{self.folder}: has neither model.safetensors nor model.safetensors.index.json")
-            return [self.folder / "model.safetensors"]
-        names = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())))
+            raise CheckpointError(f"{self.folder}: has neither model.safetensors nor model.safetensors.index.json")
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: weight_map is {shorten(weight_map)}; a JSON object is expected")
+        names = sorted(set(map(str, weight_map.values())))
         for name in names:  # a model may name only files inside its own folder
             if Path(name).name != name or not name.endswith(".safetensors"):
-                raise CheckpointError(f"{index}: weight_map names {shorten(name)!r}; a .safetensors file beside it is expected")
+                raise CheckpointError(
+                    f"{index}: weight_map names {shorten(name)!r}; a .safetensors file beside it is expected")
             if not (self.folder / name).is_file():
                 raise CheckpointError(f"{self.folder / name}: not found; {index.name} names it")
         return [self.folder / name for name in names]
@@ -806,7 +918,7 @@ class Checkpoint:
         for name, entry in header.items():
             if name != "__metadata__" and entry["dtype"] in self.DTYPES:
                 self._where[name] = (path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-            elif name != "__metadata__" and name.endswith("weight"):
+            elif name != "__metadata__" and name.endswith(("weight", "bias")):
                 raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; BF16, F16 and F32 are supported")
 
     def __contains__(self, name: str) -> bool:
@@ -840,14 +952,16 @@ def resolve_model(model: str | os.PathLike | None) -> Path:
     if path.is_dir():
         return path
     if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", str(model), re.ASCII) or path.exists():
-        raise CheckpointError(f"--model {shorten(str(model))}: not a folder, and not a Hub id such as meta-llama/Llama-3.2-1B-Instruct")
+        raise CheckpointError(f"--model {shorten(str(model))}: neither a folder nor a Hub id such as "
+                              "meta-llama/Llama-3.2-1B-Instruct")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(
             str(model), allow_patterns=["*.json", "*.safetensors", "*.jinja"], ignore_patterns=["original/*", "*/*"]))
     except Exception as error:  # the library's errors share no base
-        raise CheckpointError(f"--model {model}: no such folder, and the Hub download failed: {shorten(error, 400)}") from None
+        raise CheckpointError(
+            f"--model {model}: no such folder, and the Hub download failed: {shorten(error, 400)}") from None
 
 
 # ==============================================================================
@@ -898,11 +1012,12 @@ class ArrayBackend:
 
     Batch invariance. A BLAS picks its summation order by the shape of a product and by a row's place in it, so a
     row's bits would depend on the batch. Here every product runs in tiles of a fixed number of rows, each tile one
-    call of the same shape. At load `calibrate` looks for the largest tile within which a row's place does not
-    matter either; OpenBLAS differs by CPU.
+    call of the same shape. At load `calibrate` looks for the best tile within which a row's place does not matter
+    either; OpenBLAS differs by CPU.
     """
 
-    TILES = (32, 16, 8, 4, 1)  # rows; 1 is a matrix-vector product, which has no neighbours
+    TILES = (8, 4, 1)  # rows, best first: more speed prompts up and one stream down; 1 is a matrix-vector product
+    ATTENTION_TILES = (4, 8, 1)  # a decoding sequence has few rows a KV head: H / K
     KV_CHUNK = 128  # keys; attention sums within a chunk first, then over chunks in order
     QUERY_CHUNK = 128  # queries attended at once, which bounds the scores in memory
     PARALLEL_SIZE = 1 << 18  # weights with at least this many elements are split over the threads
@@ -911,6 +1026,7 @@ class ArrayBackend:
         self.xp, self.batch_invariant = xp, batch_invariant
         self.tile = self.attention_tile = 8
         self.on_host = xp is np
+        self.device_index: int | None = None if self.on_host else xp.cuda.Device().id  # which card
         self._pool = ThreadPoolExecutor(threads - 1, "rustinfer-blas") if threads > 1 and batch_invariant else None
         self.threads = threads if self._pool else 1
         self._holds_blas = self.on_host and batch_invariant
@@ -921,10 +1037,10 @@ class ArrayBackend:
     def name(self) -> str:
         return "NumPy" if self.on_host else "CuPy arrays"
 
-    @property
-    def device_index(self) -> int | None:
-        """Which card, or None on the host."""
-        return None if self.on_host else self.xp.cuda.Device().id
+    def use_device(self) -> None:
+        """Direct this thread's array calls to the backend's card; CuPy keeps the choice per thread."""
+        if not self.on_host:
+            self.xp.cuda.Device(self.device_index).use()
 
     def bytes_for_cache(self, gpu_memory_utilization: float) -> int:
         """Memory that the KV cache may take: a quarter of what the host has free, or the card's share."""
@@ -950,7 +1066,7 @@ class ArrayBackend:
         return array if self.on_host else self.xp.asnumpy(array)
 
     def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
-        """Choose the tiles: the largest whose rows keep their bits wherever they stand in the tile.
+        """Choose the tiles: the first whose rows keep their bits wherever they stand in the tile.
 
         shapes: (F, C) of the model's weights. A BLAS treats the last rows of a weight, which fill no whole register,
         in their own way: the probes are low, but leave the same remainders.
@@ -965,7 +1081,7 @@ class ArrayBackend:
         keys, values = draw(self.KV_CHUNK, head_dim).T, draw(self.KV_CHUNK, head_dim)
         self.tile = next(r for r in self.TILES if all(
             self._keeps_bits(r, draw(r, w.shape[1]), lambda x, w=w: self._product(x[None], w)[0]) for w in weights))
-        self.attention_tile = next(r for r in self.TILES[2:] if
+        self.attention_tile = next(r for r in self.ATTENTION_TILES if
                                    self._keeps_bits(r, draw(r, head_dim), lambda x: x @ keys)
                                    and self._keeps_bits(r, draw(r, self.KV_CHUNK), lambda p: p @ values))
 
@@ -1050,12 +1166,13 @@ class ArrayBackend:
         return out
 
     def _attend(self, q: Any, kv_cache: Any, group: AttentionGroup, scale: float) -> Any:
-        """q (n, t, H, D) -> (n, t, H, D). Axes inside: piece n, KV chunk c, KV head K, row tile, row, then D or keys."""
+        """q (n, t, H, D) -> (n, t, H, D). Axes inside: piece n, KV chunk, KV head, row tile, row, then D or keys."""
         xp, (n, t, heads, dim), kv_heads, rows = self.xp, q.shape, kv_cache.shape[3], self.attention_tile
         length = t * heads // kv_heads
         tiles = -(-length // rows)
         padded = xp.zeros((n, 1, kv_heads, tiles * rows, dim), np.float32)
-        padded[:, 0, :, :length] = q.reshape(n, t, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4).reshape(n, kv_heads, length, dim)
+        by_head = q.reshape(n, t, kv_heads, -1, dim).transpose(0, 2, 1, 3, 4)
+        padded[:, 0, :, :length] = by_head.reshape(n, kv_heads, length, dim)
         padded = padded.reshape(n, 1, kv_heads, tiles, rows, dim)
         k, v = (self._gather(kv_cache[i], group) for i in (0, 1))  # (n, c, K, 1, keys, D)
         for piece, context in enumerate(group.context_lens):  # whatever lies behind the context must not reach a sum
@@ -1085,7 +1202,8 @@ class ArrayBackend:
     def silu_mul(self, gate_up: Any) -> Any:
         """silu(gate) * up (Shazeer 2020, 2002.05202): gate_up (T, 2F) -> (T, F)."""
         gate, up = self.xp.split(gate_up, 2, -1)
-        return gate / (1 + self.xp.exp(-gate)) * up
+        with np.errstate(over="ignore"):  # exp(-gate) may be infinite; silu is 0 then
+            return gate / (1 + self.xp.exp(-gate)) * up
 
     def log_softmax(self, logits: Any) -> Any:
         """Log-probabilities (natural log) over the last axis."""
@@ -1150,7 +1268,8 @@ def find_card(wanted: str) -> tuple[Any, str]:
     except Exception as error:  # CuPy's own errors, which cannot be named before it is imported
         reason = shorten(str(error).split("\n")[0])
     if wanted != "auto":
-        raise SettingsError(f"--device: {wanted!r} cannot be used: {reason}; install rustinfer[cuda12] or use --device cpu")
+        raise SettingsError(
+            f"--device: {wanted!r} cannot be used: {reason}; install rustinfer[cuda12] or use --device cpu")
     return None, f"no card: {reason}"
 
 
@@ -1208,8 +1327,9 @@ class Llama:
         """Read every weight, widened to float32."""
         c = self.config
         q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        self.backend.calibrate([(q + 2 * kv, c.hidden_size), (c.hidden_size, q), (2 * c.intermediate_size, c.hidden_size),
-                                (c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size)], c.head_dim)
+        shapes = [(q + 2 * kv, c.hidden_size), (c.hidden_size, q), (2 * c.intermediate_size, c.hidden_size),
+                  (c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size)]
+        self.backend.calibrate(shapes, c.head_dim)
         self.embed = self._read(checkpoint, "model.embed_tokens", (c.vocab_size, c.hidden_size))
         self.layers = []
         for index in range(c.num_layers):
@@ -1218,11 +1338,13 @@ class Llama:
         self.norm = self._read(checkpoint, "model.norm", (c.hidden_size,))
         tied = c.tie_word_embeddings or "lm_head.weight" not in checkpoint
         if tied and not c.tie_word_embeddings:
-            raise CheckpointError(f"{checkpoint.folder}: tensor lm_head.weight [{c.vocab_size}, {c.hidden_size}] is missing")
+            raise CheckpointError(
+                f"{checkpoint.folder}: tensor lm_head.weight [{c.vocab_size}, {c.hidden_size}] is missing")
         self.head = self.embed if tied else self._read(checkpoint, "lm_head", (c.vocab_size, c.hidden_size))
         progress(1.0)
 
-    def _read(self, checkpoint: Checkpoint, names: str | list[str], *shapes: tuple[int, ...], kind: str = "weight") -> Any:
+    def _read(self, checkpoint: Checkpoint, names: str | list[str], *shapes: tuple[int, ...],
+              kind: str = "weight") -> Any:
         """One tensor, or several stacked along the first axis."""
         names = [names] if isinstance(names, str) else names
         parts = [checkpoint.tensor(f"{name}.{kind}", shape).to_float32() for name, shape in zip(names, shapes)]
@@ -1267,8 +1389,8 @@ class Llama:
         x = ops.embedding(ops.to_device(batch.input_ids), self.embed)
         for index, layer in enumerate(self.layers):
             x = x + self._attention(layer, x, self.kv_cache[:, index], plan, cos, sin, slots)
-            hidden = ops.silu_mul(ops.linear(ops.rms_norm(x, layer.mlp_norm, c.rms_norm_eps), layer.gate_up, layer.gate_up_bias))
-            x = x + ops.linear(hidden, layer.down, layer.down_bias)
+            gate_up = ops.linear(ops.rms_norm(x, layer.mlp_norm, c.rms_norm_eps), layer.gate_up, layer.gate_up_bias)
+            x = x + ops.linear(ops.silu_mul(gate_up), layer.down, layer.down_bias)
         x = ops.rms_norm(x[ops.to_device(batch.logits_indices)], self.norm, c.rms_norm_eps)
         return ops.linear(x, self.head)
 
@@ -1304,7 +1426,8 @@ def philox_uniform(xp: Any, seeds: Any, choices: Any, positions: Any) -> Any:
     """
     mask, low = xp.uint64(0xFFFFFFFF), lambda x: x & xp.uint64(0xFFFFFFFF)
     keys = [low(seeds), seeds >> xp.uint64(32)]
-    counter = [low(positions.astype(xp.uint64)), low(choices.astype(xp.uint64)), xp.zeros_like(seeds), xp.zeros_like(seeds)]
+    counter = [low(positions.astype(xp.uint64)), low(choices.astype(xp.uint64)),
+               xp.zeros_like(seeds), xp.zeros_like(seeds)]
     for _ in range(10):
         first, second = counter[0] * xp.uint64(0xD2511F53), counter[2] * xp.uint64(0xCD9E8D57)
         counter = [(second >> xp.uint64(32)) ^ counter[1] ^ keys[0], second & mask,
@@ -1332,7 +1455,9 @@ class Sampler:
                positions: Seq[int]) -> list[Sampled]:
         """logits (B, V) float32; row b is drawn with params[b] from (seeds[b], choices[b], positions[b])."""
         xp, to_host = self._xp, self._backend.to_host
-        token_ids = logits.argmax(-1)
+        likeliest = logits.argmax(-1)  # a NaN counts as the greatest
+        finite = to_host(xp.isfinite(xp.take_along_axis(logits, likeliest[:, None], -1))[:, 0]).tolist()
+        token_ids = likeliest.copy()
         filtered = lambda p: p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         for wanted in (False, True):  # only rows with a filter pay for sorting the vocabulary
             drawn = [row for row, p in enumerate(params) if p.temperature > 0 and filtered(p) == wanted]
@@ -1343,7 +1468,6 @@ class Sampler:
             uniform = philox_uniform(xp, array(seeds, np.uint64), array(choices, np.int64), array(positions, np.int64))
             draw = self._draw_filtered if wanted else self._draw
             token_ids[rows] = draw(logits[rows], [params[row] for row in drawn], uniform)
-        finite = to_host(xp.isfinite(xp.take_along_axis(logits, token_ids[:, None], -1))[:, 0]).tolist()
         logprobs = self._logprobs(logits, token_ids, params)
         return [Sampled(token, *logprobs.get(row, (None, None)), ok)
                 for row, (token, ok) in enumerate(zip(to_host(token_ids).tolist(), finite))]
@@ -1353,8 +1477,13 @@ class Sampler:
 
     def _draw(self, logits: Any, params: list[SamplingParams], uniform: Any) -> Any:
         """Invert the distribution at `uniform`: logits (n, V), uniform (n,) -> token ids (n,)."""
-        scaled = logits.astype(self._xp.float64) / self._column(params, "temperature")
-        return self._invert(self._xp.exp(scaled - scaled.max(-1, keepdims=True)), uniform)
+        return self._invert(self._xp.exp(self._scale(logits, params)), uniform)
+
+    def _scale(self, logits: Any, params: list[SamplingParams]) -> Any:
+        """(logits - their maximum) / temperature in float64; the likeliest is 0 at any temperature."""
+        wide = logits.astype(self._xp.float64)
+        with np.errstate(over="ignore", invalid="ignore"):  # -inf at the least temperatures, NaN from broken logits
+            return (wide - wide.max(-1, keepdims=True)) / self._column(params, "temperature")
 
     def _invert(self, weights: Any, uniform: Any) -> Any:
         """The first place at which the running sum passes `uniform` of the whole."""
@@ -1365,14 +1494,14 @@ class Sampler:
     def _draw_filtered(self, logits: Any, params: list[SamplingParams], uniform: Any) -> Any:
         """As `_draw`, among the tokens that top_k, min_p and top_p leave, likeliest first."""
         xp, column = self._xp, functools.partial(self._column, params)
-        scaled = logits.astype(xp.float64) / column("temperature")
+        scaled = self._scale(logits, params)
         order = xp.argsort(-scaled, axis=-1, kind="stable")
-        scaled = xp.take_along_axis(scaled, order, -1)
-        weights = xp.exp(scaled - scaled[:, :1])
-        rank, top_k = xp.arange(scaled.shape[-1]), column("top_k")
+        weights = xp.exp(xp.take_along_axis(scaled, order, -1))
+        rank, top_k = xp.arange(weights.shape[-1]), column("top_k")
         weights = xp.where((rank < xp.where(top_k > 0, top_k, xp.inf)) & (weights >= column("min_p")), weights, 0.0)
         sums = xp.cumsum(weights, -1)
-        weights = xp.where(sums - weights < column("top_p") * sums[:, -1:], weights, 0.0)  # keeps the token that reaches it
+        in_top_p = sums - weights < column("top_p") * sums[:, -1:]  # with the token that reaches it
+        weights = xp.where(in_top_p, weights, 0.0)
         return xp.take_along_axis(order, self._invert(weights, uniform)[:, None], -1)[:, 0]
 
     def _logprobs(self, logits: Any, token_ids: Any, params: Seq[SamplingParams]) -> dict[int, tuple[float, tuple]]:
@@ -1388,8 +1517,10 @@ class Sampler:
 
     @staticmethod
     def _top(values: np.ndarray, k: int) -> tuple[tuple[int, float], ...]:
-        best = np.argpartition(-values, min(k, len(values) - 1))[:k] if k else np.empty(0, np.int64)
-        ranked = best[np.lexsort((best, -values[best]))]
+        """The k likeliest, of equal ones those with the least ids."""
+        k = min(k, len(values))
+        best = np.flatnonzero(values >= np.partition(values, -k)[-k]) if k else np.empty(0, np.int64)
+        ranked = best[np.lexsort((best, -values[best]))][:k]
         return tuple((int(token), float(values[token])) for token in ranked)
 
 
@@ -1541,16 +1672,18 @@ class BlockManager:
         """Raise EngineError unless every block is owned as the class promises; `sequences` are all that own any."""
         counts = [0] * self.num_blocks
         for seq in sequences:
-            if len(seq.block_table) != self.blocks_for(seq.num_tokens) and seq.block_table:
-                raise EngineError(f"sequence {seq.seq_id} has {len(seq.block_table)} blocks for {seq.num_tokens} tokens")
+            full = self.blocks_for(seq.num_tokens)  # the block of a token just drawn comes with the next step
+            if seq.block_table and len(seq.block_table) not in (full, self.blocks_for(seq.num_tokens - 1)):
+                raise EngineError(f"sequence {seq.seq_id}: {len(seq.block_table)} blocks for {seq.num_tokens} tokens")
             for index, block_id in enumerate(seq.block_table):
                 counts[block_id] += 1
-                if self.blocks[block_id].hash is not None and self.blocks[block_id].token_ids != self._tokens(seq, index):
+                if self.blocks[block_id].token_ids not in ((), self._tokens(seq, index)):
                     raise EngineError(f"block {block_id} holds other tokens than sequence {seq.seq_id} has there")
         for block_id, block in enumerate(self.blocks):
-            if block.ref_count != counts[block_id] or (block_id in self.free) != (block.ref_count == 0):
-                raise EngineError(f"block {block_id}: ref_count {block.ref_count}, used by {counts[block_id]} sequences, "
-                                  f"{'free' if block_id in self.free else 'not free'}")
+            is_free = block_id in self.free
+            if block.ref_count != counts[block_id] or is_free != (block.ref_count == 0):
+                raise EngineError(f"block {block_id}: ref_count {block.ref_count}, used by {counts[block_id]} "
+                                  f"sequences, {'free' if is_free else 'not free'}")
             if block.hash is not None and self.named.get(block.hash) != block_id:
                 raise EngineError(f"block {block_id} carries a name that belongs to another block")
         if len(self.named) != sum(block.hash is not None for block in self.blocks):
@@ -1659,7 +1792,7 @@ class Scheduler:
 
 # ==============================================================================
 # Metrics -- counters, sums and a snapshot of the machine
-# uses: nothing
+# uses: KV cache
 # ==============================================================================
 
 
@@ -1703,19 +1836,19 @@ class Metrics:
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.steps = 0
         self.ttft_s = self.queue_s = self.e2e_s = 0.0  # sums over finished requests
 
-    def finished(self, reason: str, prompt: int, cached: int, completion: int, timing: Timing) -> None:
+    def finished(self, reason: str, seq: Sequence, timing: Timing) -> None:
         self.requests[reason] = self.requests.get(reason, 0) + 1
-        self.prompt_tokens += prompt
-        self.cached_tokens += cached
-        self.completion_tokens += completion
+        self.prompt_tokens += seq.num_prompt_tokens
+        self.cached_tokens += seq.num_cached_tokens
+        self.completion_tokens += seq.num_output_tokens
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
 
     def snapshot(self) -> dict:
-        return {"requests": dict(self.requests), "prompt_tokens": self.prompt_tokens, "cached_tokens": self.cached_tokens,
-                "completion_tokens": self.completion_tokens, "steps": self.steps, "time_to_first_token_seconds": self.ttft_s,
-                "queue_seconds": self.queue_s, "e2e_seconds": self.e2e_s}
+        return {"requests": dict(self.requests), "steps": self.steps, "prompt_tokens": self.prompt_tokens,
+                "cached_tokens": self.cached_tokens, "completion_tokens": self.completion_tokens,
+                "time_to_first_token_seconds": self.ttft_s, "queue_seconds": self.queue_s, "e2e_seconds": self.e2e_s}
 
 
 class MachineProbe:
@@ -1736,7 +1869,8 @@ class MachineProbe:
         memory, mib = psutil.virtual_memory(), 1 << 20
         return {
             "cpu": {"utilization_percent": psutil.cpu_percent(), "core_count": psutil.cpu_count() or 1},
-            "memory": {"used_mb": memory.used // mib, "total_mb": memory.total // mib, "available_mb": memory.available // mib},
+            "memory": {"used_mb": memory.used // mib, "total_mb": memory.total // mib,
+                       "available_mb": memory.available // mib},
             "gpu": self._card_snapshot(),
             "timestamp": int(time.time()),
         }
@@ -1835,7 +1969,8 @@ class Engine:
         self.model, self.config, self.eos_token_ids = model, config, frozenset(eos_token_ids)
         self.blocks = BlockManager(num_blocks, config.block_size, not config.no_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
-        self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings, num_blocks * config.block_size)
+        self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings,
+                                 num_blocks * config.block_size)
         self.metrics = Metrics()
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
@@ -1860,12 +1995,12 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
             if self.dead:
-                raise UnavailableError("the engine has failed", code="internal_error")
+                raise UnavailableError("the engine has failed", code="internal_error", headers={"Retry-After": "5"})
             if self._closing:
-                raise UnavailableError("the server is shutting down", code="shutting_down")
+                raise UnavailableError("the engine is closed", code="shutting_down", headers={"Retry-After": "5"})
             if len(self.scheduler.waiting) >= self.config.max_queue:
-                raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is {self.config.max_queue}; "
-                                     "try again later", headers={"Retry-After": "1"})
+                raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
+                                     f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt)
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
@@ -1875,17 +2010,18 @@ class Engine:
 
     def _check(self, prompt_token_ids: Seq[int], params: SamplingParams, param: str) -> SamplingParams:
         """The params with max_tokens filled in; an error where prompt and output do not fit."""
-        length, limit = len(prompt_token_ids), self.max_model_len
+        length, limit, vocab_size = len(prompt_token_ids), self.max_model_len, self.model.config.vocab_size
         if not length:
             raise APIError("the prompt is empty; at least one token is needed", param)
         ids = np.asarray(prompt_token_ids)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < self.model.config.vocab_size:
-            raise APIError(f"token ids must be whole numbers from 0 to {self.model.config.vocab_size - 1}", param)
+        if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise APIError(f"token ids must be whole numbers from 0 to {vocab_size - 1}", param)
         wanted = params.max_tokens
         if length >= limit or (wanted is not None and length + wanted > limit):
             output = f" and max_tokens is {wanted}" if wanted is not None else ", which leaves no room for output"
-            raise ContextLengthError(f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
-                                     "shorten the prompt, lower max_tokens or start with a larger --max-model-len", param)
+            raise ContextLengthError(
+                f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
+                "shorten the prompt, lower max_tokens or start with a larger --max-model-len", param)
         return params if wanted is not None else dataclasses.replace(
             params, max_tokens=min(self.config.max_tokens, limit - length))
 
@@ -1912,14 +2048,16 @@ class Engine:
     def snapshot(self) -> dict:
         """Counters and the state of queue and cache."""
         with self._lock:
-            return {**self.metrics.snapshot(), "num_requests_running": len(self.scheduler.running),
-                    "num_requests_waiting": len(self.scheduler.waiting), "num_preemptions": self.scheduler.num_preemptions,
-                    "kv_blocks_total": self.blocks.num_blocks, "kv_blocks_used": self.blocks.num_blocks - self.blocks.num_free}
+            scheduler, blocks = self.scheduler, self.blocks
+            return {**self.metrics.snapshot(), "num_requests_running": len(scheduler.running),
+                    "num_requests_waiting": len(scheduler.waiting), "num_preemptions": scheduler.num_preemptions,
+                    "kv_blocks_total": blocks.num_blocks, "kv_blocks_used": blocks.num_blocks - blocks.num_free}
 
     # -- the engine thread
 
     def _loop(self) -> None:
         try:
+            self.model.backend.use_device()
             while self._wait_for_work():
                 self.step()
             self._end_all(UnavailableError("the server is shutting down", code="shutting_down"))
@@ -1973,18 +2111,21 @@ class Engine:
 
     def prepare(self, step: Step) -> Batch:
         """The arrays of a step."""
-        size, rows = self.blocks.block_size, list(zip(*step))
-        positions = [np.arange(seq.num_computed_tokens, seq.num_computed_tokens + count) for seq, count in rows]
-        tables = np.zeros((len(rows), max(len(seq.block_table) for seq, _ in rows)), np.int64)
-        for row, (seq, _) in enumerate(rows):
+        size, counts = self.blocks.block_size, np.array(step.num_scheduled_tokens)
+        computed = np.array([seq.num_computed_tokens for seq in step.sequences])
+        lengths = np.array([seq.num_tokens for seq in step.sequences])
+        tables = np.zeros((len(counts), max(len(seq.block_table) for seq in step.sequences)), np.int64)
+        for row, seq in enumerate(step.sequences):
             tables[row, : len(seq.block_table)] = seq.block_table
-        slots = [tables[row, where // size] * size + where % size for row, where in enumerate(positions)]
-        ends = np.cumsum(step.num_scheduled_tokens)
+        ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) - np.repeat(ends - counts - computed, counts)
+        slots = tables[np.repeat(np.arange(len(counts)), counts), positions // size] * size + positions % size
         return Batch(
-            input_ids=np.concatenate([seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count] for seq, count in rows]),
-            positions=np.concatenate(positions), slot_mapping=np.concatenate(slots), cu_seqlens_q=np.concatenate(([0], ends)),
-            context_lens=np.array([seq.num_computed_tokens + count for seq, count in rows]), block_tables=tables,
-            logits_indices=np.array([end - 1 for end, (seq, count) in zip(ends, rows) if count == seq.num_remaining], np.int64))
+            input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
+                                seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
+            positions=positions, slot_mapping=slots, cu_seqlens_q=np.concatenate(([0], ends)),
+            context_lens=computed + counts, block_tables=tables,
+            logits_indices=(ends - 1)[computed + counts == lengths])
 
     def _update(self, step: Step, drawn: list[Sampled | None]) -> None:
         """Record what was computed, append tokens, end what has ended."""
@@ -2019,7 +2160,7 @@ class Engine:
         self.scheduler.remove(seq)
         handle = self._handles.pop(seq)
         handle.finish(reason, error)
-        self.metrics.finished(reason, seq.num_prompt_tokens, seq.num_cached_tokens, seq.num_output_tokens, handle.timing)
+        self.metrics.finished(reason, seq, handle.timing)
 
     def _fail(self, step: Step, error: Exception) -> None:
         """A run failed: its sequences end with an error; too many such runs in a row end the engine."""
@@ -2043,6 +2184,323 @@ class Engine:
         with self._lock:
             for seq in list(self._handles):
                 self._end(seq, "error", error)
+
+
+# ==============================================================================
+# III. THE WIRE
+# ==============================================================================
+# API -- JSON to typed requests, results to OpenAI objects; pure functions, no sockets
+# uses: Errors, Settings
+# ==============================================================================
+
+MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
+ABSENT = (None,)  # values of a field that mean the same as leaving it out
+
+
+class Field(NamedTuple):
+    """One request field: its JSON type, its range, and the values that ask for nothing.
+
+    A field with kind `unsupported` is known but refused unless its value is one of `neutral`.
+    """
+
+    name: str
+    kind: str  # boolean, integer, number, string, array, object, any or unsupported
+    low: float | None = None
+    high: float | None = None
+    neutral: tuple = ABSENT
+
+
+CHAT_FIELDS = {f.name: f for f in (
+    Field("model", "string"),
+    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("stream", "boolean"),
+    Field("stream_options", "object"),
+    Field("max_tokens", "integer", 1, 1 << 31),
+    Field("max_completion_tokens", "integer", 1, 1 << 31),
+    Field("temperature", "number", 0, 2),
+    Field("top_p", "number", 0, 1),
+    Field("top_k", "integer", -1, 1 << 31),
+    Field("min_p", "number", 0, 1),
+    Field("seed", "integer", -(1 << 63), (1 << 64) - 1),
+    Field("stop", "any"),
+    Field("ignore_eos", "boolean"),
+    Field("user", "string"),
+    Field("n", "unsupported", neutral=(None, 1)),
+    Field("frequency_penalty", "unsupported", neutral=(None, 0)),
+    Field("presence_penalty", "unsupported", neutral=(None, 0)),
+    Field("repetition_penalty", "unsupported", neutral=(None, 1)),
+    Field("logit_bias", "unsupported", neutral=(None, {})),
+    Field("logprobs", "unsupported", neutral=(None, False)),
+    Field("top_logprobs", "unsupported", neutral=(None, 0)),
+    Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
+    Field("store", "unsupported", neutral=(None, False)),
+    Field("tools", "unsupported", neutral=(None, [])),
+    Field("tool_choice", "unsupported", neutral=(None, "none")),
+    Field("functions", "unsupported", neutral=(None, [])),
+    Field("function_call", "unsupported", neutral=(None, "none")),
+    Field("parallel_tool_calls", "unsupported"),
+    Field("modalities", "unsupported", neutral=(None, ["text"])),
+    Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
+    Field("metadata", "unsupported", neutral=(None, {})),
+    Field("reasoning_effort", "unsupported"),
+)}
+TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
+              type(None): "null"}
+
+
+def parse_json(body: bytes) -> dict:
+    """The request's JSON object: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(f"{shorten(text)} is not a number that can be used")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            seen: set[str] = set()
+            twice = next(name for name, _ in pairs if name in seen or seen.add(name))
+            raise ValueError(f"key {shorten(twice)!r} appears twice")
+        return table
+
+    def integer(text: str) -> int:
+        return int(text) if len(text) <= 400 else refuse(text)
+
+    def finite(text: str) -> float:
+        return float(text) if math.isfinite(float(text)) else refuse(text)
+
+    try:
+        value = json.loads(body.decode("utf-8"), parse_constant=refuse, parse_float=finite, parse_int=integer,
+                           object_pairs_hook=unique)
+        check_json(value)
+    except RecursionError:
+        raise APIError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
+    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise APIError(f"the body is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise InvalidTypeError(f"the body is a JSON {TYPE_NAMES[type(value)]}; an object is expected")
+    return value
+
+
+def check_json(value: Any, depth: int = 1) -> None:
+    """Raise ValueError for text that is not Unicode, RecursionError for too much depth."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair") from None
+    if isinstance(value, (dict, list)):
+        if depth > MAX_JSON_DEPTH:
+            raise RecursionError
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            check_json(item, depth + 1)
+
+
+def parse_query(query: str, fields: dict[str, Field]) -> dict:
+    """The query of a GET as the object that a POST would carry; text that is no JSON stands for itself where it may."""
+    try:
+        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict",
+                                       max_num_fields=100)
+    except ValueError as error:
+        raise APIError(f"the query string cannot be read: {shorten(str(error))}") from None
+    values: dict[str, Any] = {}
+    for name, text in pairs:
+        if name in values:
+            raise APIError(f"{shorten(name)} appears twice in the query string", shorten(name))
+        kind = fields[name].kind if name in fields else "string"
+        plain = kind == "string" or (kind == "any" and text[:1] not in '["')
+        values[name] = text if plain else parse_query_value(name, text)
+    return values
+
+
+def parse_query_value(name: str, text: str) -> Any:
+    if text in ("True", "False"):  # as Python clients write them
+        return text == "True"
+    try:
+        values = parse_json(b'{"value":' + text.encode() + b"}")
+    except APIError:
+        values = {}
+    if len(values) != 1:  # not JSON, or `1,"more":2`
+        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code="invalid_json")
+    return values["value"]
+
+
+def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> dict:
+    """The fields that ask for something, each of its type and in its range; unknown ones are errors."""
+    checked = {}
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is None:
+            raise UnsupportedError(f"{prefix}{shorten(name)} is not a parameter that this server knows",
+                                   prefix + shorten(name))
+        if any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in field.neutral):
+            continue
+        if field.kind == "unsupported":
+            shown = shorten(json.dumps(value))
+            raise UnsupportedError(f"{prefix}{name} is {shown}; this server does not support it yet", prefix + name)
+        check_type(prefix + name, value, field)
+        checked[name] = value
+    return checked
+
+
+def check_type(name: str, value: Any, field: Field) -> None:
+    kind = TYPE_NAMES[type(value)]
+    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
+        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
+    size = len(value) if isinstance(value, list) else value
+    if field.low is not None and not field.low <= size <= field.high:
+        what = "has {} entries" if isinstance(value, list) else "is {}"
+        raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A checked POST (or GET) /v1/chat/completions."""
+
+    model: str | None
+    messages: list[dict]
+    params: SamplingParams
+    stream: bool
+    include_usage: bool
+    user: str
+
+
+def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
+    """The typed request; raises APIError naming the first field that is wrong."""
+    given = check_fields(values, CHAT_FIELDS)
+    if "messages" not in given:
+        raise APIError("messages is missing; a list of at least one message is expected", "messages")
+    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
+    if len(limits) > 1:
+        raise APIError("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
+    if given.get("top_p") == 0:
+        raise APIError("top_p is 0; it must be above 0", "top_p")
+    options = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
+               if name in given}
+    params = dataclasses.replace(defaults, max_tokens=limits.pop() if limits else None,
+                                 stop=parse_stop(given.get("stop")), **options)
+    return ChatRequest(given.get("model"), parse_messages(given["messages"]), params, given.get("stream", False),
+                       parse_stream_options(given), given.get("user", ""))
+
+
+def parse_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise InvalidTypeError("stop must be a string or a list of strings", "stop")
+    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in stops):
+        raise APIError(f"stop may hold {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop")
+    return tuple(stops)
+
+
+def parse_stream_options(given: dict) -> bool:
+    """include_usage."""
+    if "stream_options" not in given:
+        return False
+    if not given.get("stream"):
+        raise APIError("stream_options is allowed only with stream: true", "stream_options")
+    fields = {"include_usage": Field("include_usage", "boolean")}
+    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
+
+
+MESSAGE_FIELDS = {f.name: f for f in (
+    Field("role", "string", neutral=()),
+    Field("content", "any", neutral=()),
+    Field("refusal", "unsupported"), Field("audio", "unsupported"),
+    Field("annotations", "unsupported", neutral=(None, [])),
+    Field("name", "unsupported"), Field("function_call", "unsupported"),
+    Field("tool_calls", "unsupported", neutral=(None, [])),
+)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # the template's names
+
+
+def parse_messages(messages: list) -> list[dict]:
+    """[{"role", "content"}] with content as one string."""
+    parsed = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
+        given = check_fields(message, MESSAGE_FIELDS, where + ".")
+        role = given.get("role")
+        if role not in ROLES:
+            raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
+                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
+        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
+    return parsed
+
+
+def parse_content(content: Any, where: str) -> str:
+    """A string, or text parts joined by line breaks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type",
+                           code="unsupported_value")
+        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
+            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else",
+                                   f"{where}[{index}]")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def usage_object(answer: Answer) -> dict:
+    """Token counts, and the timing of this request as the seed reports it."""
+    seq, timing = answer.handle.seq, answer.handle.timing
+    completion, seconds = len(answer.tokens), timing.prefill_s + timing.decode_s
+    return {
+        "prompt_tokens": seq.num_prompt_tokens, "completion_tokens": completion,
+        "total_tokens": seq.num_prompt_tokens + completion,
+        "prompt_tokens_details": {"cached_tokens": seq.num_cached_tokens},
+        "performance": {
+            "queue_ms": round(timing.queue_s * 1000, 3), "prefill_ms": round(timing.prefill_s * 1000, 3),
+            "decode_ms": round(timing.decode_s * 1000, 3), "decode_iterations": max(0, completion - 1),
+            "tokens_per_second": round(completion / seconds, 2) if seconds else 0.0,
+            "time_to_first_token_ms": round(timing.ttft_s * 1000, 3)}}
+
+
+class ChatAnswer:
+    """Builds the objects of one chat answer: all carry the same id, created and model."""
+
+    def __init__(self, answer: Answer, model: str, include_usage: bool):
+        self.answer, self.id, self._include_usage = answer, "chatcmpl-" + secrets.token_hex(12), include_usage
+        self._head = {"id": self.id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model,
+                      "system_fingerprint": f"rustinfer-{__version__}"}
+        before, after = self._event(self._choice({"content": "@"}, None)).rsplit(b'"@"', 1)
+        self._text_before, self._text_after = before, after  # a text event is these around the text
+
+    def completion(self) -> dict:
+        message = {"role": "assistant", "content": self.answer.text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.answer.finish_reason}
+        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(self.answer)}
+
+    @staticmethod
+    def _choice(delta: dict, finish_reason: str | None) -> list[dict]:
+        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+
+    def _event(self, choices: list[dict]) -> bytes:
+        usage = {"usage": None} if self._include_usage else {}
+        return event({**self._head, "choices": choices, **usage})
+
+    def first_event(self) -> bytes:
+        return self._event(self._choice({"role": "assistant", "content": ""}, None))
+
+    def text_event(self, text: str) -> bytes:
+        return self._text_before + json.dumps(text).encode() + self._text_after
+
+    def last_events(self) -> bytes:
+        events = self._event(self._choice({}, self.answer.finish_reason))
+        if self._include_usage:
+            events += event({**self._head, "choices": [], "usage": usage_object(self.answer)})
+        return events + b"data: [DONE]\n\n"
+
+
+def event(value: dict) -> bytes:
+    """One server-sent event; ASCII, since some clients split lines at U+2028."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 # ==============================================================================
@@ -2148,9 +2606,9 @@ class Answer:
         self.finish_reason, self.stop_reason = reason, stop_reason
 
     def request_output(self, prompt: Any) -> RequestOutput:
-        seq = self.handle.seq
-        return RequestOutput(str(seq.seq_id), prompt if isinstance(prompt, str) else None, seq.token_ids[: seq.num_prompt_tokens],
-                             [self.result()], seq.num_cached_tokens)
+        seq, text = self.handle.seq, prompt if isinstance(prompt, str) else None
+        prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
+        return RequestOutput(str(seq.seq_id), text, prompt_token_ids, [self.result()], seq.num_cached_tokens)
 
     def result(self) -> CompletionOutput:
         wanted = self._params.logprobs is not None
@@ -2169,8 +2627,8 @@ class Answer:
 class LLM:
     """A Llama model that answers prompts and chats; safe to use from many threads; close it, or use `with`.
 
-    model: a folder or a Hub id; None is the demo model. Keyword options are EngineConfig's fields, with the server's defaults. Raises
-    CheckpointError for a model that cannot be served and SettingsError for an option that is not allowed.
+    model: a folder or a Hub id; None is the demo model. Keyword options are EngineConfig's fields, with the server's
+    defaults. Raises CheckpointError for a model that cannot be served, SettingsError for an option that is not allowed.
     """
 
     def __init__(self, model: str | os.PathLike | None = None, *, served_model_name: str | None = None,
@@ -2207,17 +2665,20 @@ class LLM:
         model.allocate_kv_cache(num_blocks)
         self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids())
         self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters
-        self.device_index, self.backend_name, self.kv_capacity = backend.device_index, backend.name, num_blocks * self.config.block_size
+        self.device_index, self.backend_name = backend.device_index, backend.name
+        self.kv_capacity = num_blocks * self.config.block_size  # tokens
 
     def _check_vocabulary(self) -> None:
         largest = max(self.tokenizer.inner.get_vocab(with_added_tokens=True).values(), default=-1)
         if largest >= self.model_config.vocab_size:
-            log.warning("tokenizer.json has ids up to %d and config.json a vocab_size of %d", largest, self.model_config.vocab_size)
+            log.warning("tokenizer.json has ids up to %d and config.json a vocab_size of %d", largest,
+                        self.model_config.vocab_size)
 
     def _eos_token_ids(self) -> set[int]:
         """Ids that end an answer: the config's and the tokenizer's end-of-turn tokens."""
-        named = [self.tokenizer.token_to_id(text) for text in (*END_OF_TURN, self.tokenizer.special_text("eos_token")) if text]
-        return {*self.model_config.eos_token_ids, *(i for i in named if i is not None and i in self.tokenizer.special_ids)}
+        texts = (*END_OF_TURN, self.tokenizer.special_text("eos_token"))
+        named = {self.tokenizer.token_to_id(text) for text in texts if text}
+        return {*self.model_config.eos_token_ids, *(named & self.tokenizer.special_ids)}
 
     def __enter__(self) -> LLM:
         return self
@@ -2242,24 +2703,28 @@ class LLM:
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if not isinstance(prompt, (str, list, tuple, np.ndarray)):
-            raise InvalidTypeError(f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
-        token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(map(int, prompt))
+            raise InvalidTypeError(
+                f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
+        prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
+        token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
         return Answer(self.tokenizer, self.engine.submit(token_ids, params, param=param, changed=changed))
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
                  **options: Any) -> list[RequestOutput] | Iterator[Piece]:
         """Continue each prompt (text or token ids; one or a list). With stream=True, an iterator of Pieces."""
         single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
-        return self._answer([prompts] if single else list(prompts), self.params(sampling_params, **options), "prompt", stream)
+        listed = [prompts] if single else list(prompts)
+        return self._answer(listed, self.params(sampling_params, **options), "prompt", stream)
 
     def chat(self, messages: list, sampling_params: SamplingParams | None = None, *, stream: bool = False,
              **options: Any) -> list[RequestOutput] | Iterator[Piece]:
-        """Answer a conversation ([{"role", "content"}, ...]) or a list of them. With stream=True, an iterator of Pieces."""
+        """Answer a conversation ([{"role", "content"}, ...]) or a list of them. stream as in `generate`."""
         conversations = messages if messages and isinstance(messages[0], list) else [messages]
-        prompts = [self.template.encode(conversation) for conversation in conversations]
+        prompts = [self.template.encode(parse_messages(conversation)) for conversation in conversations]
         return self._answer(prompts, self.params(sampling_params, **options), "messages", stream)
 
-    def _answer(self, prompts: list, params: SamplingParams, param: str, stream: bool) -> list[RequestOutput] | Iterator[Piece]:
+    def _answer(self, prompts: list, params: SamplingParams, param: str,
+                stream: bool) -> list[RequestOutput] | Iterator[Piece]:
         answers: list[Answer] = []
         pieces = self._pieces(prompts, params, param, answers)
         if stream:
@@ -2281,7 +2746,7 @@ class LLM:
                         break
                     answers.append(running[len(answers)])
                 with changed:
-                    changed.wait_for(lambda: not running or any(answer.handle.has_news for answer in running.values()))
+                    changed.wait_for(lambda: not running or any(a.handle.has_news for a in running.values()))
                 for index, answer in list(running.items()):
                     for text, tokens in answer.advance(timeout=0):
                         yield Piece(text, index, [token.token_id for token in tokens], None)
@@ -2326,306 +2791,18 @@ def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> i
 
 
 # ==============================================================================
-# III. THE WIRE
-# ==============================================================================
-# API -- JSON to typed requests, results to OpenAI objects; pure functions, no sockets
-# uses: Errors, Settings, LLM
-# ==============================================================================
-
-MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
-ABSENT = (None,)  # values of a field that mean the same as leaving it out
-
-
-class Field(NamedTuple):
-    """One request field: its JSON type, its range, and the values that ask for nothing.
-
-    A field with kind `unsupported` is known but refused unless its value is one of `neutral`.
-    """
-
-    name: str
-    kind: str  # boolean, integer, number, string, array, object, any or unsupported
-    low: float | None = None
-    high: float | None = None
-    neutral: tuple = ABSENT
-
-
-CHAT_FIELDS = {f.name: f for f in (
-    Field("model", "string"),
-    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
-    Field("stream", "boolean"),
-    Field("stream_options", "object"),
-    Field("max_tokens", "integer", 1, 1 << 31),
-    Field("max_completion_tokens", "integer", 1, 1 << 31),
-    Field("temperature", "number", 0, 2),
-    Field("top_p", "number", 0, 1),
-    Field("top_k", "integer", -1, 1 << 31),
-    Field("min_p", "number", 0, 1),
-    Field("seed", "integer", -(1 << 63), (1 << 64) - 1),
-    Field("stop", "any"),
-    Field("ignore_eos", "boolean"),
-    Field("user", "string"),
-    Field("n", "unsupported", neutral=(None, 1)),
-    Field("frequency_penalty", "unsupported", neutral=(None, 0)),
-    Field("presence_penalty", "unsupported", neutral=(None, 0)),
-    Field("repetition_penalty", "unsupported", neutral=(None, 1)),
-    Field("logit_bias", "unsupported", neutral=(None, {})),
-    Field("logprobs", "unsupported", neutral=(None, False)),
-    Field("top_logprobs", "unsupported", neutral=(None, 0)),
-    Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
-    Field("store", "unsupported", neutral=(None, False)),
-)}
-TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object", type(None): "null"}
-
-
-def parse_json(body: bytes) -> dict:
-    """The request's JSON object: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
-
-    def refuse(text: str) -> None:
-        raise ValueError(f"{shorten(text)} is not a finite number")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict:
-        table = dict(pairs)
-        if len(table) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f"key {shorten(next(n for n in names if names.count(n) > 1))!r} appears twice")
-        return table
-
-    def finite(text: str) -> float:
-        return float(text) if math.isfinite(float(text)) else refuse(text)
-
-    try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse, parse_float=finite, object_pairs_hook=unique)
-        check_json(value)
-    except RecursionError:
-        raise APIError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
-    except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise APIError(f"the body is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InvalidTypeError(f"the body is a JSON {TYPE_NAMES[type(value)]}; an object is expected")
-    return value
-
-
-def check_json(value: Any, depth: int = 1) -> None:
-    """Raise ValueError for text that is not Unicode, RecursionError for too much depth."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair") from None
-    if isinstance(value, (dict, list)):
-        if depth > MAX_JSON_DEPTH:
-            raise RecursionError
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            check_json(item, depth + 1)
-
-
-def parse_query(query: str, fields: dict[str, Field]) -> dict:
-    """The query of a GET as the object that a POST would carry; text that is not JSON stands for itself where it may."""
-    try:
-        pairs = urllib.parse.parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query), errors="strict", max_num_fields=100)
-    except ValueError as error:
-        raise APIError(f"the query string cannot be read: {shorten(str(error))}") from None
-    values: dict[str, Any] = {}
-    for name, text in pairs:
-        if name in values:
-            raise APIError(f"{shorten(name)} appears twice in the query string", shorten(name))
-        kind = fields[name].kind if name in fields else "string"
-        values[name] = text if kind == "string" or (kind == "any" and text[:1] not in '["') else parse_query_value(name, text)
-    return values
-
-
-def parse_query_value(name: str, text: str) -> Any:
-    try:
-        return parse_json(b'{"value":' + text.encode() + b"}")["value"]
-    except APIError as error:
-        if text in ("True", "False"):  # as Python clients write them
-            return text == "True"
-        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code=error.code) from None
-
-
-def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> dict:
-    """The fields that ask for something, each of its type and in its range; unknown ones are errors."""
-    checked = {}
-    for name, value in values.items():
-        field = fields.get(name)
-        if field is None:
-            raise UnsupportedError(f"{prefix}{shorten(name)} is not a parameter that this server knows", prefix + shorten(name))
-        if any(value == other and type(value) is not bool or value is other for other in field.neutral):
-            continue
-        if field.kind == "unsupported":
-            raise UnsupportedError(f"{prefix}{name} is {shorten(json.dumps(value))}; this server does not support it yet", prefix + name)
-        check_type(prefix + name, value, field)
-        checked[name] = value
-    return checked
-
-
-def check_type(name: str, value: Any, field: Field) -> None:
-    kind = TYPE_NAMES[type(value)]
-    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
-        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
-    size = len(value) if isinstance(value, list) else value
-    if field.low is not None and not field.low <= size <= field.high:
-        what = "has {} entries" if isinstance(value, list) else "is {}"
-        raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """A checked POST (or GET) /v1/chat/completions."""
-
-    model: str | None
-    messages: list[dict]
-    params: SamplingParams
-    stream: bool
-    include_usage: bool
-    user: str
-
-
-def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
-    """The typed request; raises APIError naming the first field that is wrong."""
-    given = check_fields(values, CHAT_FIELDS)
-    if "messages" not in given:
-        raise APIError("messages is missing; a list of at least one message is expected", "messages")
-    limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
-    if len(limits) > 1:
-        raise APIError("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
-    if given.get("top_p") == 0:
-        raise APIError("top_p is 0; it must be above 0", "top_p")
-    options = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos") if name in given}
-    params = dataclasses.replace(defaults, max_tokens=limits.pop() if limits else None, stop=parse_stop(given.get("stop")), **options)
-    return ChatRequest(given.get("model"), parse_messages(given["messages"]), params, given.get("stream", False),
-                       parse_stream_options(given), given.get("user", ""))
-
-
-def parse_stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else value or []
-    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
-        raise InvalidTypeError("stop must be a string or a list of strings", "stop")
-    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in stops):
-        raise APIError(f"stop may hold {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop")
-    return tuple(stops)
-
-
-def parse_stream_options(given: dict) -> bool:
-    """include_usage."""
-    if "stream_options" not in given:
-        return False
-    if not given.get("stream"):
-        raise APIError("stream_options is allowed only with stream: true", "stream_options")
-    fields = {"include_usage": Field("include_usage", "boolean")}
-    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
-
-
-MESSAGE_FIELDS = {f.name: f for f in (
-    Field("role", "string", neutral=()),
-    Field("content", "any", neutral=()),
-    Field("refusal", "unsupported"), Field("annotations", "unsupported", neutral=(None, [])), Field("audio", "unsupported"),
-    Field("name", "unsupported"), Field("function_call", "unsupported"), Field("tool_calls", "unsupported", neutral=(None, [])),
-)}
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # as the template knows them
-
-
-def parse_messages(messages: list) -> list[dict]:
-    """[{"role", "content"}] with content as one string."""
-    parsed = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
-        given = check_fields(message, MESSAGE_FIELDS, where + ".")
-        role = given.get("role")
-        if role not in ROLES:
-            raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
-                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
-        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
-    return parsed
-
-
-def parse_content(content: Any, where: str) -> str:
-    """A string, or text parts joined by line breaks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type", code="unsupported_value")
-        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
-            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else", f"{where}[{index}]")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def usage_object(answer: Answer) -> dict:
-    """Token counts, and the timing of this request as the seed reports it."""
-    seq, timing = answer.handle.seq, answer.handle.timing
-    completion, seconds = len(answer.tokens), timing.prefill_s + timing.decode_s
-    return {
-        "prompt_tokens": seq.num_prompt_tokens, "completion_tokens": completion, "total_tokens": seq.num_prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": seq.num_cached_tokens},
-        "performance": {
-            "queue_ms": round(timing.queue_s * 1000, 3), "prefill_ms": round(timing.prefill_s * 1000, 3),
-            "decode_ms": round(timing.decode_s * 1000, 3), "decode_iterations": max(0, completion - 1),
-            "tokens_per_second": round(completion / seconds, 2) if seconds else 0.0,
-            "time_to_first_token_ms": round(timing.ttft_s * 1000, 3)}}
-
-
-class ChatAnswer:
-    """Builds the objects of one chat answer: all carry the same id, created and model."""
-
-    def __init__(self, answer: Answer, model: str, include_usage: bool):
-        self.answer, self.id, self._include_usage = answer, "chatcmpl-" + secrets.token_hex(12), include_usage
-        self._head = {"id": self.id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model,
-                      "system_fingerprint": f"rustinfer-{__version__}"}
-        before, after = self._event(self._choice({"content": "@"}, None)).split(b'"@"')
-        self._text_before, self._text_after = before, after  # a text event is these around the text
-
-    def completion(self) -> dict:
-        message = {"role": "assistant", "content": self.answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.answer.finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(self.answer)}
-
-    @staticmethod
-    def _choice(delta: dict, finish_reason: str | None) -> list[dict]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
-
-    def _event(self, choices: list[dict]) -> bytes:
-        usage = {"usage": None} if self._include_usage else {}
-        return event({**self._head, "choices": choices, **usage})
-
-    def first_event(self) -> bytes:
-        return self._event(self._choice({"role": "assistant", "content": ""}, None))
-
-    def text_event(self, text: str) -> bytes:
-        return self._text_before + json.dumps(text).encode() + self._text_after
-
-    def last_events(self) -> bytes:
-        events = self._event(self._choice({}, self.answer.finish_reason))
-        if self._include_usage:
-            events += event({**self._head, "choices": [], "usage": usage_object(self.answer)})
-        return events + b"data: [DONE]\n\n"
-
-
-def event(value: dict) -> bytes:
-    """One server-sent event; ASCII, since some clients split lines at U+2028."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
-
-
-# ==============================================================================
 # Server -- routes, SSE, limits, CORS, shutdown; no model knowledge
-# uses: Errors, Settings, Metrics, LLM, API
+# uses: Errors, Settings, Metrics, API, LLM
 # ==============================================================================
 
-MAX_HEAD, MAX_LINE, MAX_HEADERS, MAX_BODY, MAX_REST = 32 << 10, 8 << 10, 100, 4 << 20, 256 << 10  # bytes; headers: a count
-HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT, SEND_TIMEOUT, REST_TIMEOUT = 10.0, 20.0, 75.0, 20.0, 5.0  # seconds, of whole phases
+MAX_HEAD, MAX_LINE, MAX_BODY, MAX_REST, MAX_HEADERS = 32 << 10, 8 << 10, 4 << 20, 256 << 10, 100  # bytes; a count
+HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT, SEND_TIMEOUT = 10.0, 20.0, 75.0, 20.0  # seconds, of whole phases
+REST_TIMEOUT, LINGER_TIMEOUT = 5.0, 15.0  # seconds, to read unwanted input away: before a next request, before closing
 PING_INTERVAL = 5.0  # seconds of silence before an open stream gets a comment
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-HEADER_LINE = re.compile(rb"(%s):[ \t]*([^\x00-\x08\x0a-\x1f\x7f]*?)[ \t]*" % TOKEN)
+HEADER_LINE = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % TOKEN)
 SINGLE_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "origin", "expect", "authorization"}
-SIMPLE_TYPES = {"", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"}  # sent without a preflight
 
 
 class HTTPError(APIError):
@@ -2667,18 +2844,21 @@ class HTTPReader:
     def head(self) -> list[bytes]:
         """The lines of the next request's head."""
         deadline, searched = time.monotonic() + HEAD_TIMEOUT, 0
-        while (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
+        while self.buffer.startswith(b"\r\n") or (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
             if self.buffer.startswith(b"\r\n"):  # empty lines before a request are allowed
                 del self.buffer[:2]
                 continue
             self._check_head(len(self.buffer))
+            if b"\n\n" in self.buffer:
+                raise http_error(400, "invalid_value", "the lines of a request's head must end in CR LF")
             searched = len(self.buffer)
             try:
                 self._fill(deadline)
             except TimeoutError:
-                raise http_error(408, "request_timeout", f"the request's head took longer than {HEAD_TIMEOUT:g} s") from None
+                raise http_error(408, "request_timeout",
+                                 f"the request's head took longer than {HEAD_TIMEOUT:g} s") from None
         self._check_head(end)
-        lines = bytes(self.buffer[:end]).lstrip(b"\r\n").split(b"\r\n")
+        lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[: end + 4]
         return lines
 
@@ -2729,7 +2909,7 @@ class HTTPRequest:
         method, target, version = match[1].decode(), match[2].decode(), (int(match[3]), int(match[4]))
         if version not in ((1, 0), (1, 1)):
             raise http_error(505, "invalid_value", "HTTP/1.0 and HTTP/1.1 are supported")
-        path, _, query = re.sub(r"\Ahttps?://[^/?#]*", "", target).partition("?")
+        path, _, query = re.sub(r"\Ahttps?://[^/?#]+/?", "/", target, flags=re.IGNORECASE).partition("?")
         if not (path.startswith("/") or (target, method) == ("*", "OPTIONS")) or "#" in target:
             raise http_error(400, "invalid_value", "the request target must be a path")
         request = cls(method, path, query, version, cls._headers(lines[1:]))
@@ -2739,13 +2919,14 @@ class HTTPRequest:
     @staticmethod
     def _headers(lines: list[bytes]) -> dict[str, str]:
         if len(lines) > MAX_HEADERS:
-            raise http_error(431, "headers_too_large", f"there are {len(lines)} header fields; {MAX_HEADERS} are allowed")
+            raise http_error(431, "headers_too_large",
+                             f"there are {len(lines)} header fields; {MAX_HEADERS} are allowed")
         headers: dict[str, str] = {}
         for line in lines:
             match = HEADER_LINE.fullmatch(line)
             if not match:
                 raise http_error(400, "invalid_value", "a header line is not NAME: VALUE")
-            name, value = match[1].decode().lower(), match[2].decode("latin-1")
+            name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
             if name in headers and name in SINGLE_HEADERS:
                 raise http_error(400, "invalid_value", f"header {name} appears twice")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
@@ -2757,7 +2938,8 @@ class HTTPRequest:
             raise http_error(400, "invalid_value", "HTTP/1.1 needs exactly one Host header")
         if coding is not None:
             if length is not None or self.version == (1, 0):
-                raise http_error(400, "invalid_value", "Transfer-Encoding is not allowed with Content-Length or HTTP/1.0")
+                raise http_error(400, "invalid_value",
+                                 "Transfer-Encoding is not allowed with Content-Length or HTTP/1.0")
             if coding.lower() != "chunked":
                 raise http_error(501, "unsupported_value", "Transfer-Encoding must be chunked")
             self.chunked = True
@@ -2804,7 +2986,7 @@ class Watcher:
         while not self._closed:
             self._wake.wait()
             with self._lock:
-                watched = list(self._watched)
+                watched = dict(self._watched)
                 if not watched:
                     self._wake.clear()
             if self._closed or not watched:
@@ -2814,8 +2996,9 @@ class Watcher:
                 poller.register(descriptor, getattr(select, "POLLRDHUP", select.POLLIN))
             gone = [descriptor for descriptor, events in poller.poll(0) if self._has_left(descriptor, events)]
             with self._lock:
-                callbacks = [self._watched.pop(descriptor, None) for descriptor in gone]
-            for callback in filter(None, callbacks):
+                callbacks = [self._watched.pop(descriptor) for descriptor in gone
+                             if self._watched.get(descriptor) is watched[descriptor]]  # not given to another since
+            for callback in callbacks:
                 callback()
             time.sleep(self.INTERVAL)
 
@@ -2869,14 +3052,17 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         except APIError as error:
             self._answer_error(error)
         except (Disconnected, ConnectionError, TimeoutError):
-            self.note, self.must_close = "client left", True
+            self.note, self.must_close = f"{self.note} client left".strip(), True
         except Exception as error:
             log.exception("request %s failed", self.request_id)
-            hidden = EngineError(str(error)) if isinstance(error, EngineError) else "internal error; the log has the details"
-            self._answer_error(APIError(str(hidden), status=500, type="server_error", code="internal_error",
+            shown = str(error) if isinstance(error, EngineError) else "internal error; the log has the details"
+            self._answer_error(APIError(shown, status=500, type="server_error", code="internal_error",
                                         headers={"x-should-retry": "false"}))
         finally:
+            self.busy = False
             self._log_request(started)
+        if self.must_close and self.status and self._has_rest():
+            self._linger()
         return not self.must_close and self._finish_body()
 
     def _adopt_request_id(self) -> None:
@@ -2886,7 +3072,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _log_request(self, started: float) -> None:
         quiet = self.http is not None and self.http.path in ("/health", "/ready")
-        what = f"{self.http.method} {shorten(self.http.path, 80)}" if self.http else "bad request"
+        what = f"{shorten(self.http.method, 20)} {shorten(self.http.path, 80)}" if self.http else "bad request"
         log.log(logging.DEBUG if quiet else logging.INFO, "request %s from %s: %s %s total=%.1fms%s", self.request_id,
                 self.client_address[0], what, self.status or "-", (time.monotonic() - started) * 1000,
                 " " + self.note if self.note else "")
@@ -2897,14 +3083,18 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """The whole body, within limits; asks a waiting client to send it."""
         request, deadline = self.http, time.monotonic() + BODY_TIMEOUT
         if request.content_length > MAX_BODY:
-            raise http_error(413, "request_too_large", f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
-        if request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1) and not self.reader.buffer:
+            raise http_error(413, "request_too_large",
+                             f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
+        expected = request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1)
+        if expected and not self.reader.buffer:
             self.connection.settimeout(SEND_TIMEOUT)
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
-            body = self._read_chunks(deadline) if request.chunked else self.reader.exactly(request.content_length, deadline)
+            size = request.content_length
+            body = self._read_chunks(deadline) if request.chunked else self.reader.exactly(size, deadline)
         except TimeoutError:
-            raise http_error(408, "request_timeout", f"the request's body took longer than {BODY_TIMEOUT:g} s") from None
+            raise http_error(408, "request_timeout",
+                             f"the request's body took longer than {BODY_TIMEOUT:g} s") from None
         self.body_read = True
         return body
 
@@ -2912,7 +3102,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         body = bytearray()
         while True:
             size, _, extension = self.reader.line(1024, deadline).partition(b";")
-            if not re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size.rstrip(b" \t")) or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", extension):
+            legal = re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size.rstrip(b" \t"))
+            if not legal or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", extension):
                 raise http_error(400, "invalid_value", "a chunk size of the body is not a hexadecimal number")
             count = int(size, 16)
             if len(body) + count > MAX_BODY:
@@ -2930,15 +3121,21 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 break
         raise http_error(400, "invalid_value", "the trailer of the chunked body is not valid")
 
-    def _finish_body(self) -> bool:
-        """Discard a body that no route read, so that the next request starts where it should; False if it is too long."""
+    def _has_rest(self) -> bool:
+        """True if the client may still be sending this request."""
+        return self.http is None or not self.body_read and (self.http.chunked or self.http.content_length > 0)
+
+    def _can_skip_rest(self) -> bool:
+        """True if a body that no route read is small, and surely sent: the connection can go on after it."""
         request = self.http
-        if self.body_read or not (request.chunked or request.content_length):
-            return True
-        if request.chunked or request.content_length > MAX_REST or "expect" in request.headers:
-            return False
+        small = not request.chunked and request.content_length <= MAX_REST
+        return not self._has_rest() or small and "expect" not in request.headers
+
+    def _finish_body(self) -> bool:
+        """Discard a body that no route read: the next request starts behind it. False if it does not come."""
         try:
-            self.reader.exactly(request.content_length, time.monotonic() + REST_TIMEOUT)
+            if self._has_rest():
+                self.reader.exactly(self.http.content_length, time.monotonic() + REST_TIMEOUT)
         except (TimeoutError, Disconnected):
             return False
         return True
@@ -2946,8 +3143,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def read_json(self) -> dict:
         """The body as a JSON object. A foreign page must ask first: what it may send without a preflight is refused."""
         kind = self.http.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in SIMPLE_TYPES and self._foreign_origin():
-            raise APIError(f"Content-Type is {shorten(kind) or 'missing'}; from another origin application/json is expected",
+        if kind != "application/json" and self._foreign_origin():
+            found = shorten(kind) or "missing"
+            raise APIError(f"Content-Type is {found}; from another origin application/json is expected",
                            status=415, code="unsupported_media_type")
         return parse_json(self.read_body())
 
@@ -2963,16 +3161,19 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
         self.status, self.head_sent = status, True
-        keep = self.http is not None and self.http.keep_alive and not self.must_close and not self.server.owner.draining
+        keep = self.http is not None and self.http.keep_alive and not self.must_close and self._can_skip_rest()
+        keep = keep and not self.server.owner.draining
         self.must_close = not keep
         every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **headers,
                  **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})}
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", *(f"{name}: {value}" for name, value in every.items())]
+        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+                 *(f"{name}: {value}" for name, value in every.items())]
         if any("\r" in line or "\n" in line for line in lines):
             raise RuntimeError("a header holds a line break")
         return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
 
-    def respond(self, status: int, body: bytes, content_type: str = "application/json", headers: dict[str, str] | None = None) -> None:
+    def respond(self, status: int, body: bytes, content_type: str = "application/json",
+                headers: dict[str, str] | None = None) -> None:
         """A whole answer in one write."""
         headers = {**({"Content-Type": content_type} if status != 204 else {}), **(headers or {})}
         head = self._head(status, {**headers, **({"Content-Length": str(len(body))} if status != 204 else {})})
@@ -2985,8 +3186,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.note = f"{self.note} error={error.code}".strip()
         if error.status >= 500:
             log.error("request %s: %s", self.request_id, error)
-        broken = isinstance(error, HTTPError) or self.http is None
-        self.must_close = self.must_close or broken
+        self.must_close = self.must_close or isinstance(error, HTTPError)
         try:
             if self.head_sent:  # a stream is open: its last event is the error
                 self.write_stream(event(error.body()))
@@ -2994,14 +3194,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 self.must_close = True
                 return
             self.respond_json(error.body(), error.status, error.headers)
-            if broken:
-                self._linger()
         except OSError:
             self.must_close = True
 
     def _linger(self) -> None:
         """Let the client read the answer before unread input makes the kernel reset the connection."""
-        deadline = time.monotonic() + REST_TIMEOUT
+        deadline = time.monotonic() + LINGER_TIMEOUT
         try:
             self.connection.shutdown(socket.SHUT_WR)
             for _ in range(256):
@@ -3035,6 +3233,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def __init__(self, owner: Server, host: str, port: int, max_connections: int):
         self.owner, self._max_connections = owner, max_connections
+        self._open, self._lock = 0, threading.Lock()  # accepted and not yet closed
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = family
         super().__init__(address, RequestHandler)
@@ -3052,23 +3251,42 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             raise
 
     def process_request(self, request: socket.socket, client_address: Any) -> None:
-        """At the cap the oldest connection without a request makes room; if all are at work, the newcomer is refused."""
-        connections = list(self.owner.connections)
-        if len(connections) >= self._max_connections:
-            idle = [handler for handler in connections if not handler.busy]
-            if not idle:
-                self._refuse(request)
-                return
-            close_socket(min(idle, key=lambda handler: handler.since).connection)
-        super().process_request(request, client_address)
+        """At the cap the oldest connection without a request makes room; if all are at work, the new one is refused."""
+        with self._lock:
+            self._open += 1
+        if self._open <= self._max_connections or self._drop_idle():
+            super().process_request(request, client_address)
+        else:
+            log.warning("connection of %s refused: all %d are in use", client_address[0], self._max_connections)
+            self._refuse(request)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        """Close a connection; called once for each that was accepted."""
+        super().shutdown_request(request)
+        with self._lock:
+            self._open -= 1
+
+    def _drop_idle(self) -> bool:
+        idle = [handler for handler in list(self.owner.connections) if not handler.busy]
+        if idle:
+            oldest = min(idle, key=lambda handler: handler.since)
+            self.owner.connections.discard(oldest)  # it ends soon, and must not be chosen twice
+            close_socket(oldest.connection)
+        return bool(idle)
 
     def _refuse(self, request: socket.socket) -> None:
-        body = json.dumps(UnavailableError(f"all {self._max_connections} connections are in use", code="too_many_connections").body())
-        head = (f"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
-                "Retry-After: 1\r\nConnection: close\r\n\r\n")
+        """Answer 503 without a thread, and without waiting for the client."""
+        error = UnavailableError(f"all {self._max_connections} connections are in use", code="too_many_connections")
+        body = json.dumps(error.body())
+        headers = {
+            "Date": email.utils.formatdate(usegmt=True), "x-request-id": secrets.token_hex(8), "Retry-After": 1,
+            "Content-Type": "application/json", "Content-Length": len(body), "Connection": "close",
+            **self.owner.cors_headers(None)}
+        lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in headers.items())]
         try:
-            request.settimeout(0.1)
-            request.sendall((head + body).encode())
+            request.setblocking(False)
+            request.sendall(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
+            request.recv(65536)  # closing with unread input would reset the connection before the answer is read
         except OSError:
             pass
         self.shutdown_request(request)
@@ -3101,13 +3319,14 @@ class Server:
         self._http = HTTPServer(self, host, port, max_connections)
         self._watcher = Watcher()
         self.host, self.port = host, self._http.server_port
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="rustinfer-http", daemon=True)
+        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="rustinfer-http",
+                                        daemon=True)
         self._thread.start()
 
     @property
     def url(self) -> str:
-        shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, f"[{self.host}]" if ":" in self.host else self.host)
-        return f"http://{shown}:{self.port}"
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
 
     def attach(self, llm: LLM) -> None:
         """The model is loaded: answer requests."""
@@ -3167,7 +3386,8 @@ class Server:
             raise APIError(f"there is no {shorten(path)} here", status=404, code="not_found")
         action = routes.get("GET" if method == "HEAD" else method)
         if action is None:
-            raise APIError(f"{shorten(path)} does not take {shorten(method, 40)}", status=405, code="method_not_allowed",
+            raise APIError(f"{shorten(path)} does not take {shorten(method, 40)}", status=405,
+                           code="method_not_allowed",
                            headers={"Allow": self._allow(routes)})
         action(handler)
 
@@ -3192,7 +3412,8 @@ class Server:
 
     def _health(self, handler: RequestHandler) -> None:
         dead = self._llm is not None and self._llm.engine.dead is not None
-        handler.respond_json({"status": "unhealthy" if dead else "healthy", "service": "rustinfer-server"}, 503 if dead else 200)
+        handler.respond_json({"status": "unhealthy" if dead else "healthy", "service": "rustinfer-server"},
+                             503 if dead else 200)
 
     def _ready(self, handler: RequestHandler) -> None:
         loaded = self._llm is not None and self._llm.engine.dead is None
@@ -3209,19 +3430,24 @@ class Server:
         if page is not None and page.is_file():
             handler.respond(200, page.read_bytes(), "text/html; charset=utf-8")
         else:
-            handler.respond(200, b"rustinfer serves its API under /v1; the page (web/index.html) is not installed here.\n",
-                            "text/plain; charset=utf-8")
+            text = b"rustinfer serves its API under /v1; the page (web/index.html) is not installed here.\n"
+            handler.respond(200, text, "text/plain; charset=utf-8")
+
+    @staticmethod
+    def _shutting_down() -> UnavailableError:
+        return UnavailableError("the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
 
     def _ready_llm(self) -> LLM:
         if self.draining:
-            raise UnavailableError("the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+            raise self._shutting_down()
         if self._llm is None:
             raise UnavailableError("the model is still loading", headers={"Retry-After": "2"})
         return self._llm
 
     @staticmethod
     def _model_object(llm: LLM) -> dict:
-        return {"id": llm.name, "object": "model", "created": llm.created, "owned_by": "rustinfer", "max_model_len": llm.max_model_len}
+        return {"id": llm.name, "object": "model", "created": llm.created, "owned_by": "rustinfer",
+                "max_model_len": llm.max_model_len}
 
     def _models(self, handler: RequestHandler) -> None:
         handler.respond_json({"object": "list", "data": [self._model_object(self._ready_llm())]})
@@ -3234,7 +3460,8 @@ class Server:
     @staticmethod
     def _check_model(llm: LLM, name: str | None) -> None:
         if name is not None and name != llm.name:
-            raise APIError(f"the model {shorten(name)!r} does not exist; {llm.name!r} is served", "model", status=404, code="model_not_found")
+            raise APIError(f"the model {shorten(name)!r} does not exist; {llm.name!r} is served", "model", status=404,
+                           code="model_not_found")
 
     def _chat(self, handler: RequestHandler) -> None:
         llm = self._ready_llm()
@@ -3275,16 +3502,20 @@ class Server:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
         answer, interval = chat.answer, llm.config.stream_interval
         parts = answer.advance(PING_INTERVAL)
+        self._check_finished(answer)  # before the first byte an error has a status of its own
         handler.start_stream()
         events = chat.first_event()
+        written = time.monotonic()
         while True:
-            written = time.monotonic()
+            woken = time.monotonic()
             events += b"".join([chat.text_event(text) for text, _ in parts if text])
             if answer.finish_reason is not None:
                 break
-            handler.write_stream(events or b": ping\n\n")
+            if events or woken - written >= PING_INTERVAL:
+                written = woken
+                handler.write_stream(events or b": ping\n\n")
             if answer.tokens:
-                time.sleep(max(0.0, interval - (time.monotonic() - written)))
+                time.sleep(max(0.0, interval - (time.monotonic() - woken)))
             parts, events = answer.advance(PING_INTERVAL), b""
         self._check_finished(answer)
         handler.write_stream(events + chat.last_events())
@@ -3293,7 +3524,7 @@ class Server:
     def _check_finished(self, answer: Answer) -> None:
         """An aborted answer has no client, or the server is ending."""
         if answer.finish_reason == "abort":
-            raise UnavailableError("the server is shutting down", code="shutting_down") if self.draining else Disconnected
+            raise self._shutting_down() if self.draining else Disconnected
 
     @staticmethod
     def _describe(answer: Answer) -> str:
@@ -3319,11 +3550,14 @@ class OneLineParser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """--help, from the settings table."""
     parser = OneLineParser(prog="rustinfer", description="OpenAI-compatible inference server for Llama-3 models.",
-                           allow_abbrev=False, formatter_class=lambda prog: argparse.HelpFormatter(prog, 32, 110))
+                           allow_abbrev=False,
+                           formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
     for setting in SETTINGS:
-        shown = "" if setting.default is None or setting.parse is parse_switch else f" (default: {setting.default})"
-        extra = {"action": "store_const", "const": "1"} if setting.parse is parse_switch else {"metavar": setting.metavar}
-        parser.add_argument(setting.flag, help=f"{setting.help}{shown} [{setting.variable}]".replace("%", "%%"), **extra)
+        switch = setting.parse is parse_switch
+        shown = "" if setting.default is None or switch else f" (default: {setting.default})"
+        extra = {"action": "store_const", "const": "1"} if switch else {"metavar": setting.metavar}
+        text = f"{setting.help}{shown} [{setting.variable}]".replace("%", "%%")
+        parser.add_argument(setting.flag, help=text, **extra)
     parser.add_argument("--version", action="version", version=f"rustinfer {__version__}")
     return parser
 
@@ -3340,7 +3574,7 @@ def read_settings(argv: Seq[str] | None, environment: dict[str, str]) -> dict[st
 
 
 class DroppingLogHandler(logging.Handler):
-    """Writes records to a stream from its own thread; when nobody reads the stream they are dropped, never waited for."""
+    """Writes records to a stream from its own thread; if nobody reads the stream they are dropped, never waited for."""
 
     def __init__(self, stream: Any):
         super().__init__()
@@ -3351,7 +3585,8 @@ class DroppingLogHandler(logging.Handler):
         self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda match: f"\\x{ord(match.group()):02x}", self.format(record))
+        text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match.group())[1:-1],
+                      self.format(record))
         try:
             self._queue.put_nowait(text)
         except queue.Full:
@@ -3359,11 +3594,12 @@ class DroppingLogHandler(logging.Handler):
 
     def _write(self) -> None:
         while (text := self._queue.get()) is not None:
+            data = (text + "\n").encode(errors="backslashreplace")
             try:
-                self._stream.write(text + "\n")
-                self._stream.flush()
-            except (OSError, ValueError):
-                pass  # a closed pipe or a full disk must not stop the server
+                while data:  # past the stream's buffer, whose lock the exit needs while a full pipe holds this thread
+                    data = data[os.write(self._stream.fileno(), data) :]
+            except (OSError, ValueError, AttributeError):
+                pass  # a closed pipe, a full disk or no stderr at all must not stop the server
 
     def close(self) -> None:
         try:
@@ -3391,8 +3627,9 @@ class Progress:
 def describe_model(llm: LLM, server: Server) -> str:
     size = llm.num_parameters
     shown = f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.1f}M"
-    return (f"rustinfer {__version__} serves {llm.name} ({shown} parameters) on {llm.backend_name} ({llm.backend_reason}), "
-            f"KV cache {llm.kv_capacity} tokens, context {llm.max_model_len}, at {server.url}")
+    return (f"rustinfer {__version__} serves {llm.name} ({shown} parameters) "
+            f"on {llm.backend_name} ({llm.backend_reason}), KV cache {llm.kv_capacity} tokens, "
+            f"context {llm.max_model_len}, at {server.url}")
 
 
 class Interrupted(BaseException):
@@ -3403,39 +3640,74 @@ class Shutdown:
     """SIGTERM and SIGINT: the first asks for a clean end, the second ends the process at once."""
 
     def __init__(self):
-        self.asked, self.loading = threading.Event(), True
+        self.asked, self.loading = False, True
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.asked.is_set():
+        if self.asked:
             os._exit(1)
-        self.asked.set()
+        self.ask()
         if self.loading:
             raise Interrupted
+
+    def ask(self) -> None:
+        self.asked = True
+
+    def wait(self) -> None:
+        """Until asked. It polls: a signal that another thread receives would not wake this one, the main one."""
+        while not self.asked:
+            time.sleep(0.05)
+
+
+def raise_file_limit(wanted: int) -> None:
+    """Let the process open this many files, as far as the system allows."""
+    try:
+        import resource
+    except ImportError:  # not on this system
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    ceiling = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < ceiling:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (ceiling, hard))
+
+
+def listen(settings: dict[str, Any]) -> Server:
+    """The server on its address, without a model yet."""
+    host, port = settings["host"], settings["port"]
+    try:
+        return Server(None, host=host, port=port, cors_origins=settings["cors_origins"],
+                      max_connections=settings["max_connections"])
+    except (socket.gaierror, UnicodeError):
+        raise SettingsError(f"--host: {shorten(host)!r} is not allowed; "
+                            "it takes a name or an address of this machine") from None
+    except OSError as error:
+        raise RustinferError(f"cannot listen on {host}, port {port}: {error.strerror}; "
+                             "choose others with --host and --port") from None
 
 
 def serve(settings: dict[str, Any]) -> int:
     """Bind, load, serve until a signal or the engine's death; the exit code."""
     shutdown = Shutdown()
     config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
+    raise_file_limit(settings["max_connections"] + 256)
     server = llm = None
     try:
-        server = Server(None, host=settings["host"], port=settings["port"], cors_origins=settings["cors_origins"],
-                        max_connections=settings["max_connections"])
+        server = listen(settings)
         log.info("listening on %s, loading the model", server.url)
         llm = LLM(settings["model"], served_model_name=settings["served_model_name"], progress=Progress(), **config)
-        llm.engine.on_death = shutdown.asked.set
+        llm.engine.on_death = shutdown.ask
         server.attach(llm)
         shutdown.loading = False
         print(describe_model(llm, server), flush=True)
-        shutdown.asked.wait()
+        shutdown.wait()
     except Interrupted:
         pass
     shutdown.loading = False
     log.info("shutting down")
     failed = llm is not None and llm.engine.dead is not None
-    server.stop(0 if failed or llm is None else settings["drain_timeout"])
+    if server is not None:
+        server.stop(0 if failed or llm is None else settings["drain_timeout"])
     if llm is not None:
         llm.close()
     log.info("stopped")
@@ -3451,12 +3723,11 @@ def main(argv: Seq[str] | None = None) -> int:
         log.addHandler(handler)
         log.setLevel(settings["log_level"].upper())
         return serve(settings)
-    except SettingsError as error:
-        print(f"rustinfer: {error}", file=sys.stderr)
-        return 2
     except (RustinferError, OSError) as error:
+        if handler:
+            handler.close()  # what was logged comes first, and not into the middle of this line
         print(f"rustinfer: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, SettingsError) else 1
     finally:
         if handler:
             log.removeHandler(handler)

@@ -1,6 +1,7 @@
-"""What the tests share: reference models, real server processes, and a raw HTTP client that accepts no sloppy answer."""
+"""What the tests share: reference models, real server processes, and a raw HTTP client that accepts nothing sloppy."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 REFERENCES = Path(__file__).resolve().parent / "references"
-REFERENCE_NAMES = sorted(path.name for path in REFERENCES.iterdir() if path.is_dir())
+REFERENCE_NAMES = sorted(path.parent.name for path in REFERENCES.glob("*/config.json"))
 DEMO = ROOT / "demo"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -69,8 +70,9 @@ class ServerProcess:
 
     def read_log(self) -> str:
         """Everything on stderr so far."""
-        while chunk := self.process.stderr.read():
-            self.log += chunk
+        with contextlib.suppress(BlockingIOError, ValueError):  # nothing there, or closed
+            while chunk := os.read(self.process.stderr.fileno(), 65536):
+                self.log += chunk.decode(errors="replace")
         return self.log
 
     def wait_ready(self, timeout: float = 60) -> float:
@@ -115,6 +117,48 @@ class ServerProcess:
         self.process.wait()
         self.process.stdout.close()
         self.process.stderr.close()
+
+
+@contextlib.contextmanager
+def local_server(llm=None, **options):
+    """A server in this process, on any port, which ends without waiting for its requests."""
+    import rustinfer
+
+    server = rustinfer.Server(llm, port=0, **options)
+    try:
+        yield server
+    finally:
+        server.stop(drain_timeout=0)
+
+
+@contextlib.contextmanager
+def slowed(llm, seconds: float):
+    """Every step of the engine takes this much longer."""
+    run = llm.engine._run
+
+    def slow_run(step):
+        time.sleep(seconds)
+        return run(step)
+
+    llm.engine._run = slow_run
+    try:
+        yield llm
+    finally:
+        del llm.engine._run
+
+
+def wait_for(condition, timeout: float = 10) -> float:
+    """Seconds until the condition holds; an assertion error if it never does."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, "waited in vain"
+        time.sleep(0.002)
+    return time.monotonic() - started
+
+
+def chat_body(text: str = "Hello", **fields) -> dict:
+    """A chat request with one user message."""
+    return {"messages": [{"role": "user", "content": text}], **fields}
 
 
 class RawConnection:
@@ -197,6 +241,18 @@ class RawConnection:
             assert end == b"\r\n"
             yield chunk
         assert self.read_until(b"\r\n") == b""
+
+    def exchange(self, data: bytes, method: str = "GET"):
+        """(status, headers, body) of a request given as bytes."""
+        self.send(data)
+        return self.read_response(method)
+
+    def read_rest(self) -> bytes:
+        """Everything until the server closes the connection."""
+        while self.read_more():
+            pass
+        rest, self.buffer = self.buffer, b""
+        return rest
 
     def at_end(self) -> bool:
         """True if the server has closed the connection and nothing is left to read."""

@@ -5,7 +5,7 @@ same bytes each time (with torch 2.13.0 and transformers 5.23.0; other releases 
 `random_checkpoint` writes a Llama checkpoint of any size without torch, for the other tests.
 
 Each folder under tests/references/ is what a user downloads (config, tokenizer, weights) plus the answers that
-transformers gives in float32:
+transformers gives in float32 (references/demo holds the answers alone; the model is demo/):
 
 reference.npz    for each prompt i: prompt_token_ids_i (P,), output_token_ids_i (64,) greedy with eos ignored,
                  positions_i (R,) and logits_i (R, V) float32. Row r holds the logits after the token at positions_i[r]
@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 FOLDER = Path(__file__).resolve().parent / "references"
+DEMO = FOLDER.parent.parent / "demo"
 
 # ==============================================================================
 # Corpus -- the text that decides the merges of every tokenizer here
@@ -676,11 +677,11 @@ def least_margin(prompt, output, logits):
     return float((steps[:, -1] - steps[:, -2]).min() / np.abs(logits).max())
 
 
-def write_arrays(path, runs):
+def write_arrays(path, runs, first_stride=1):
     """Write reference.npz."""
     arrays = {}
     for i, (prompt, output, logits) in enumerate(runs):
-        stride = 1 if i == 0 else LONG_PROMPT_STRIDE
+        stride = first_stride if i == 0 else LONG_PROMPT_STRIDE
         positions = np.unique([*range(0, len(logits), stride), len(prompt) - 1, len(logits) - 1])
         arrays |= {f"prompt_token_ids_{i}": np.int32(prompt), f"output_token_ids_{i}": np.int32(output),
                    f"positions_{i}": np.int32(positions), f"logits_{i}": np.float32(logits[positions])}
@@ -804,10 +805,33 @@ def make_reference(name):
     print(f"{name}: seed {seed}, least margin {min(margins):.1e}, {size // 1024} KiB", flush=True)
 
 
+DEMO_QUESTIONS = ("Tell me a story about a fox.", "What is Rust?", "Write a haiku about the sea.", "Tell me a joke.",
+                  "Count to 10.", "Who are you?", "What is a KV cache?", "What is the capital of Japan?")
+
+
+def make_demo_reference():
+    """Answers for the demo model, to the first three questions whose 64 tokens (eos ignored) are chosen clearly."""
+    import transformers
+    tokenizer, model = transformers.AutoTokenizer.from_pretrained(DEMO), load_model(DEMO)
+    runs = []
+    for question in DEMO_QUESTIONS:
+        prompt = prompt_answer("demo", tokenizer, [{"role": "user", "content": question}])["ids"]
+        run = run_greedy(model, prompt)
+        if least_margin(*run) >= LEAST_MARGIN:
+            runs.append(run)
+    folder = FOLDER / "demo"
+    folder.mkdir(exist_ok=True)
+    write_arrays(folder / "reference.npz", runs[:3], LONG_PROMPT_STRIDE)
+    write_answers(folder / "reference.json", {"transformers": transformers.__version__,
+                                              "margins": [round(least_margin(*run), 7) for run in runs[:3]],
+                                              **text_answers("demo", DEMO)})
+    print(f"demo: {len(runs)} of {len(DEMO_QUESTIONS)} questions are clear", flush=True)
+
+
 def main(names):
-    """Rewrite the references of `names`, or of all models."""
-    for name in names or MODELS:
-        make_reference(name)
+    """Rewrite the references of `names`, or of all models and the demo."""
+    for name in names or (*MODELS, "demo"):
+        make_demo_reference() if name == "demo" else make_reference(name)
 
 
 if __name__ == "__main__":

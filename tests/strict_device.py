@@ -88,4 +88,8 @@ class cuda:
     """One card, number 0."""
 
     class Device:
-        id = 0
+        def __init__(self, id: int = 0):
+            self.id = id
+
+        def use(self) -> None:
+            pass

@@ -51,20 +51,22 @@ def lone_file(tmp_path):
 
 
 def test_lone_file_serves_a_model_folder(lone_file):
-    with ServerProcess("--device", "cpu", model=REFERENCES / "smollm2", script=lone_file, cwd=lone_file.parent) as server:
+    folder = REFERENCES / "smollm2"
+    with ServerProcess("--device", "cpu", model=folder, script=lone_file, cwd=lone_file.parent) as server:
         status, _, body = server.chat("Hello", max_tokens=4)
         assert status == 200 and body["usage"]["completion_tokens"] == 4
         assert b"/v1" in server.get("/")[2]
 
 
 def test_lone_file_without_a_model_says_what_to_pass(lone_file):
-    answer = subprocess.run([sys.executable, str(lone_file), "--port", "0"], capture_output=True, text=True, timeout=30)
+    command = [sys.executable, str(lone_file), "--port", "0"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
     assert answer.returncode == 2 and "--model" in answer.stderr.strip().splitlines()[-1]
 
 
 def test_pep_723_header_names_the_core_dependencies():
     head = (ROOT / "rustinfer.py").read_text(encoding="utf-8").split("# ///")[1]
-    listed = ast.literal_eval(head.split("dependencies = ")[1].replace("# ", "").strip())
+    listed = ast.literal_eval(head.split("dependencies = ")[1].replace("#", "").strip())
     setup = (ROOT / "setup.cfg").read_text(encoding="utf-8")
     wanted = setup.split("install_requires =")[1].split("\n\n")[0].split()
     assert sorted(listed) == sorted(wanted)

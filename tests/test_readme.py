@@ -60,7 +60,8 @@ def test_readme_openai_example_streams(demo_server):
 
 def test_readme_library_example_runs():
     code = next(block for block in blocks("python") if "import LLM" in block)
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, cwd=ROOT)
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+                            cwd=ROOT)
     assert "1, 2, 3" in answer.stdout and "http://127.0.0.1:" in answer.stdout
 
 

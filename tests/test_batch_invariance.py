@@ -1,0 +1,131 @@
+"""The key promise: a request's tokens and logprob bits depend on nothing but the request."""
+import random
+
+import pytest
+from make_references import random_checkpoint
+
+import rustinfer
+
+SHAPES = {
+    "gqa1-odd-sizes": dict(seed=1, hidden_size=40, intermediate_size=72, num_attention_heads=2, num_kv_heads=2,
+                           head_dim=20, vocab_size=331, dtype="float32", tied=False),
+    "gqa3-wide": dict(seed=2, hidden_size=100, intermediate_size=130, num_layers=1, num_attention_heads=6,
+                      num_kv_heads=2, head_dim=64, vocab_size=517, bias=True),
+    "gqa4-small-heads": dict(seed=3, hidden_size=56, intermediate_size=120, num_attention_heads=4, num_kv_heads=1,
+                             head_dim=16, vocab_size=401),
+}
+LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 130, 200, 255, 257, 300, 511, 600]
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def folder(request, tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("model") / "model", **SHAPES[request.param])
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What each request answers with the engine to itself; each time nothing of it is in any cache."""
+    with rustinfer.LLM(folder, device="cpu", max_num_batched_tokens=8192, no_prefix_caching=True) as llm:
+        return [answer_of(llm.engine.submit(*request)) for request in requests(folder)]
+
+
+def requests(folder):
+    """64 (prompt ids, params): all lengths, three shared beginnings, greedy and seeded with every filter."""
+    rng, vocab = random.Random(7), rustinfer.ModelConfig.load(folder).vocab_size
+    stems = [[rng.randrange(vocab) for _ in range(600)] for _ in range(3)]
+    made = []
+    for index in range(64):
+        length = LENGTHS[index % len(LENGTHS)] if index < 40 else rng.randint(1, 80)
+        shared = rng.choice([0, length // 2, length])
+        prompt = stems[index % 3][:shared] + [rng.randrange(vocab) for _ in range(length - shared)]
+        made.append((prompt, sampling(rng, index)))
+    return made
+
+
+def sampling(rng, index):
+    limits = {"max_tokens": rng.randint(6, 36), "ignore_eos": True, "logprobs": rng.choice([0, 1, 5, 20])}
+    if index % 2:
+        return rustinfer.SamplingParams(temperature=0, **limits)
+    filters = {"top_p": rng.choice([1.0, 0.8]), "top_k": rng.choice([0, 5, 40]), "min_p": rng.choice([0.0, 0.02])}
+    return rustinfer.SamplingParams(temperature=rng.choice([0.5, 1.0, 1.7]), seed=index, **filters, **limits)
+
+
+def answer_of(handle):
+    """Token ids, logprobs and likeliest tokens, the floats by their bits."""
+    return [(token.token_id, token.logprob.hex(), [(i, value.hex()) for i, value in token.top]) for token in handle]
+
+
+def answers_together(llm, disturb=lambda number: None):
+    handles = []
+    for number, request in enumerate(requests(llm.folder)):
+        handles.append(llm.engine.submit(*request))
+        disturb(number)
+    return [answer_of(handle) for handle in handles]
+
+
+def check_equal(answers, alone):
+    different = [number for number, pair in enumerate(zip(answers, alone)) if pair[0] != pair[1]]
+    assert not different, f"requests {different} differ from when they ran alone"
+
+
+@pytest.mark.parametrize("options", [
+    dict(max_num_batched_tokens=64, block_size=8),
+    dict(max_num_batched_tokens=64, block_size=16, no_prefix_caching=True),
+    dict(max_num_batched_tokens=8192, block_size=16),
+    dict(max_num_batched_tokens=8192, block_size=8, no_prefix_caching=True),
+], ids=["chunked-cached", "chunked", "whole-cached", "whole"])
+def test_together_equals_alone(folder, alone, options):
+    with rustinfer.LLM(folder, device="cpu", **options) as llm:
+        check_equal(answers_together(llm), alone)
+        if not llm.config.no_prefix_caching:  # once more, with every prompt's blocks in the cache
+            check_equal(answers_together(llm), alone)
+            assert llm.engine.snapshot()["cached_tokens"] > 1000
+
+
+@pytest.mark.parametrize("options", [dict(), dict(no_prefix_caching=True)], ids=["cached", "uncached"])
+def test_preempted_sequences_resume_with_the_same_bits(folder, alone, options):
+    memory = 648 // 8 * kv_block_bytes(folder, 8)  # the longest request just fits
+    with rustinfer.LLM(folder, device="cpu", block_size=8, kv_cache_memory=memory, max_num_batched_tokens=256,
+                       **options) as llm:
+        check_equal(answers_together(llm), alone)
+        assert llm.engine.snapshot()["num_preemptions"] > 0
+
+
+def kv_block_bytes(folder, block_size):
+    config = rustinfer.ModelConfig.load(folder)
+    return 2 * config.num_layers * block_size * config.num_kv_heads * config.head_dim * 4
+
+
+def test_unrelated_traffic_and_aborts_change_nothing(folder, alone):
+    rng = random.Random(3)
+    with rustinfer.LLM(folder, device="cpu", max_num_batched_tokens=128, max_num_seqs=24) as llm:
+        noise = []
+
+        def disturb(number):
+            prompt = [rng.randrange(300) for _ in range(rng.randint(1, 150))]
+            noise.append(llm.engine.submit(prompt, rustinfer.SamplingParams(max_tokens=50)))
+            if number % 3 == 0:
+                rng.choice(noise).abort()
+
+        check_equal(answers_together(llm, disturb), alone)
+        for handle in noise:
+            handle.abort()
+    assert llm.engine.dead is None
+
+
+def test_products_split_over_threads_keep_the_promise_too(folder, monkeypatch):
+    """Large weights are split over threads; here every weight counts as large."""
+    monkeypatch.setattr(rustinfer.ArrayBackend, "PARALLEL_SIZE", 1)
+    monkeypatch.setattr(rustinfer.psutil, "cpu_count", lambda logical=True: 3)
+    with rustinfer.LLM(folder, device="cpu", max_num_batched_tokens=512, no_prefix_caching=True) as llm:
+        assert llm.engine.model.backend.threads == 3
+        alone = [answer_of(llm.engine.submit(*request)) for request in requests(folder)[::4]]
+        check_equal(answers_together(llm)[::4], alone)
+
+
+def test_seed_of_a_request_is_its_own(folder):
+    with rustinfer.LLM(folder, device="cpu") as llm:
+        params = rustinfer.SamplingParams(temperature=1.5, max_tokens=12, logprobs=0, ignore_eos=True)
+        handles = [llm.engine.submit([5, 6, 7], rustinfer.dataclasses.replace(params, seed=seed)) for seed in (1, 2, 1)]
+        first, second, third = map(answer_of, handles)
+    assert first == third != second
