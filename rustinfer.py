@@ -34,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -265,7 +266,7 @@ SETTINGS = (
     Setting("max_tokens", 1024, whole(1), "tokens to generate when a request names no limit", env="MAX_TOKENS"),
     Setting("max_model_len", None, whole(1), "longest prompt plus output, in tokens (default: the model's own)"),
     Setting("max_num_seqs", 64, whole(1, 4096), "sequences that may run at once"),
-    Setting("max_num_batched_tokens", 2048, whole(1, 1 << 20), "tokens that one step may compute"),
+    Setting("max_num_batched_tokens", 512, whole(1, 1 << 20), "tokens that one step may compute"),
     Setting("block_size", 16, one_of(8, 16, 32, 64, 128), "tokens in one KV block: 8, 16, 32, 64 or 128"),
     Setting("kv_cache_memory", None, parse_bytes, "KV cache size, such as 4GiB (default: from free memory)", "BYTES"),
     Setting("gpu_memory_utilization", 0.9, number(0.05, 1.0), "part of the card's memory to use", "PART"),
@@ -296,7 +297,7 @@ class EngineConfig:
     max_tokens: int = 1024
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = 512
     block_size: int = 16
     kv_cache_memory: int | None = None  # bytes
     gpu_memory_utilization: float = 0.9
@@ -3041,7 +3042,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """One request and its answer; False when the connection ends with it."""
         self.busy, self.since = False, time.monotonic()
         self.http, self.body_read, self.head_sent, self.must_close = None, False, False, False
-        self.request_id, self.status, self.note, self.answer = secrets.token_hex(8), 0, "", None
+        self.request_id, self.status, self.note = secrets.token_hex(8), 0, ""
         self.reader.wait(IDLE_TIMEOUT)
         started = self.since = time.monotonic()
         try:
@@ -3699,7 +3700,8 @@ def serve(settings: dict[str, Any]) -> int:
         llm.engine.on_death = shutdown.ask
         server.attach(llm)
         shutdown.loading = False
-        print(describe_model(llm, server), flush=True)
+        with contextlib.suppress(OSError):  # nobody need read it
+            print(describe_model(llm, server), flush=True)
         shutdown.wait()
     except Interrupted:
         pass
