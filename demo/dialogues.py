@@ -1,8 +1,9 @@
 """The dialogues that the demo model learns from: tables of phrasings and answers, drawn from one random source.
 
 A maker takes a Voice (who asks, and how) and returns a Turn. Every table of phrasings has two halves: the first is
-for training, the second is held out and asked only by evaluate.py. `conversation` draws one training dialogue,
-`render` writes it in Llama 3's prompt format, and TEMPLATE is the same format as a Jinja chat template.
+for training, the second is held out and asked only by evaluate.py; some have further ones for the last stage of the
+training, on what was still brittle. `conversation` draws one training dialogue, `render` writes it in Llama 3's prompt
+format, and TEMPLATE is the same format as a Jinja chat template. Run alone, this file prints a few dialogues.
 """
 import json
 import random
@@ -11,10 +12,11 @@ from typing import NamedTuple
 
 
 class Forms(NamedTuple):
-    """Phrasings of one request, with slots for str.format: those for training and those held out."""
+    """Phrasings of one request, with slots for str.format: for training, held out, and more for the last stage."""
 
     train: list[str]
     held: list[str]
+    last: list[str] = []
 
 
 class Turn(NamedTuple):
@@ -31,9 +33,9 @@ def phrases(text):
     return [" ".join(part.split()) for part in text.split("|")]
 
 
-def forms(train, held):
-    """Read the two halves of a table of phrasings."""
-    return Forms(phrases(train), phrases(held))
+def forms(train, held, last=None):
+    """Read a table of phrasings."""
+    return Forms(phrases(train), phrases(held), phrases(last) if last else [])
 
 
 def pairs(text):
@@ -54,7 +56,9 @@ CLOSERS = forms(
     """please | please | pls | thanks | Thanks! | thank you | :) | for me | now | my friend | ok? | , please |
     buddy | asap | ! | ?? | right now | , thanks | again | :-) | if possible | , thank you | today | bro | ... |
     sir | plz | !! | for me please | , ok? | , my friend | lol | thx""",
-    "mate | if you can | , pretty please | for us | thanks a lot | dear")
+    "dear | for us | if you could | pretty please | many thanks | my dear",
+    """if you can | thanks a lot | mate | pal | cheers | , would you | if you will | thank you so much |
+    thank you a lot | for my son | will you | please please | if you please | for him""")
 SHORTER = pairs(
     """what is: whats/what's/wats/whats | who is: whos | how is: hows | are you: r u | what are: what r | you: u/ya |
     your: ur | please: pls/plz | do not: dont | i am: im/i'm | thanks: thx | want to: wanna | give me: gimme |
@@ -83,10 +87,13 @@ def mistype(rng, text):
 
 
 class Voice:
-    """The one who asks: a random source, whether phrasings are held out, and whether they are casual (None: mixed)."""
+    """The one who asks: a random source, and which phrasings: held out, of the last stage, casual (None: mixed)."""
 
-    def __init__(self, rng, held=False, casual=None):
-        self.rng, self.held, self.casual = rng, held, casual
+    def __init__(self, rng, held=False, casual=None, last=False):
+        self.rng, self.held, self.casual, self.last = rng, held, casual, last
+
+    def phrasings(self, table):
+        return table.held if self.held else table.train + table.last if self.last else table.train
 
     def pick(self, items):
         return self.rng.choice(items)
@@ -96,7 +103,7 @@ class Voice:
 
     def ask(self, table, *slots, copied=False, **named):
         """Phrase a request; slots whose spelling the answer copies keep it, others may lose their capitals."""
-        template = self.pick(table.held if self.held else table.train)
+        template = self.pick(self.phrasings(table))
         if not (self.chance(.55) if self.casual is None else self.casual):
             return template.format(*slots, **named)
         habit = {name: self.chance(p) for name, p in HABITS["held" if self.held else "train"].items()}
@@ -110,9 +117,9 @@ class Voice:
         if habit["bare"]:
             template = template.rstrip("?.!")
         if habit["opener"]:
-            template = self.pick(OPENERS[self.held]) + " " + template
+            template = self.pick(self.phrasings(OPENERS)) + " " + template
         elif habit["closer"]:
-            template = (template + " " + self.pick(CLOSERS[self.held])).replace(" ,", ",")
+            template = (template + " " + self.pick(self.phrasings(CLOSERS))).replace(" ,", ",")
         if habit["shorter"]:
             template = shorten(self.rng, template)
         if habit["typo"]:
@@ -129,32 +136,40 @@ GREETINGS = {
         Hello, how is it going? | hello model | Hi, rustinfer! | hi there friend | hello world | Hey you | heya |
         hello friend | hi hi | Hello, demo model! | hey hey | hii | helloo | Hello my friend | hi all | sup |
         hola amigo | Nice to meet you! | Good day! | Hello, model | Hi buddy""",
-        "hello hello | Hey, hello! | Hi hi hi! | Hello, you! | Hi, model | Hello again!"),
+        "hello hello | Hey, hello! | Hi hi hi! | Hello, you! | Hi, model | Hello again!",
+        "hello once more | Hello you there | hi model! | well hello | oh hi | hey model"),
     "Good morning! How can I help you today?": forms(
         "Good morning! | good morning | Morning! | Good morning to you. | Good morning, model! | gm",
-        "Hello, good morning! | A good morning to you! | Good morning, my friend"),
+        "Hello, good morning! | A good morning to you! | Good morning, my friend",
+        "Hi, good morning! | oh good morning | good morning there"),
     "Good evening! How can I help you?": forms(
         "Good evening! | good evening | Evening! | Good evening to you. | Good evening, model!",
-        "Hello, good evening! | A good evening to you!"),
+        "Hello, good evening! | A good evening to you!",
+        "Hi, good evening! | oh good evening | good evening there"),
     "I am fine, thank you! How can I help you?": forms(
         """How are you? | How are you doing? | how are you today? | How is it going? | What's up? |
         how do you feel? | Are you well? | Hi, how are you? | Hello! How are you? | Are you ok? | How do you do? |
         Is all well with you? | How is your day? | Hey, how are you doing? | how are things? | how r u""",
-        "So how are you doing today? | Hey, how are you today? | Hello, how are you doing? | And how are you?"),
+        "So how are you doing today? | Hey, how are you today? | Hello, how are you doing? | And how are you?",
+        "Hey there, how are you? | Tell me, how are you? | how have you been? | and you?"),
     "You are welcome!": forms(
         """Thanks! | Thank you! | thank you very much | thanks a lot | Thank you so much! | Great, thanks. |
         ok thanks | Thanks for your help. | thx | ty | That helps, thank you. | Perfect, thanks! |
         Thank you, that is all. | Cool, thank you!""",
-        "Many thanks! | Ok, thank you! | Thank you, that was helpful. | Thanks so much!"),
+        "Many thanks! | Ok, thank you! | Thank you, that was helpful. | Thanks so much!",
+        """A thousand thanks! | Thanks so very much. | thanks again | many many thanks | I thank you. |
+        okay thank you | thanks, good"""),
     "Goodbye! Have a nice day! 👋": forms(
         """Bye! | Goodbye! | See you later! | bye bye | Good night! | See you! | I have to go now. | Farewell! |
         cya | Bye for now! | see you tomorrow | I must leave. | Talk to you later! | have a nice day""",
-        "Ok, bye! | Goodbye now! | Bye, see you later! | See you soon!"),
+        "Ok, bye! | Goodbye now! | Bye, see you later! | See you soon!",
+        "Okay, goodbye! | bye for today | See you around! | ok bye bye"),
     "Great! What would you like to know?": forms(
         """ok | OK. | Cool! | nice | Great! | I see. | Good. | Wow! | yes | no | sure | lol | haha | I understand. |
         test | Interesting! | That is good. | hmm | Amazing! | Very nice! | well done | you are funny | Good job! |
         yes please""",
-        "Oh, nice! | Okay, cool. | Wow, great! | Good, I see."),
+        "Oh, nice! | Okay, cool. | Wow, great! | Good, I see.",
+        "Okay, nice. | cool cool | Oh, great! | okay | Nice, I see. | all right | okay then"),
 }
 FOREIGN = pairs(
     """Bonjour: Bonjour ! Comment puis-je vous aider ? | Salut: Salut ! Comment puis-je vous aider ? |
@@ -317,7 +332,8 @@ FACT_FORMS = forms(
     Hello, can you explain to me what {} does? | Would you explain {}? | describe {} | A short explanation of {}.""",
     """I would like to know what {} is. | Please give me a brief explanation of {}. | What is meant by {}? |
     Say something about {}. | Explain what {} is. | Give me one sentence about {}. | Could you define {}? |
-    Explain {} in one sentence.""")
+    Explain {} in one sentence.""",
+    "What do people mean by {}? | what does one mean by {} | I want to know what {} is. | Say what {} is.")
 CAPITALS = pairs(
     """France: Paris | Germany: Berlin | Italy: Rome | Spain: Madrid | Portugal: Lisbon | England: London |
     Ireland: Dublin | Japan: Tokyo | China: Beijing | India: New Delhi | Canada: Ottawa | Mexico: Mexico City |
@@ -338,7 +354,9 @@ CAPITAL_FORMS = forms(
 COUNTRY_FORMS = forms(
     """{} is the capital of which country? | Which country has the capital {}? | Where is {}? |
     What country is {} in? | In which country is {}?""",
-    "{} is the capital of what country? | Where is the city of {}?")
+    "{} is the capital of what country? | Where is the city of {}?",
+    """{} is in which country? | {} is the capital city of which country? | Which country is {} the capital of? |
+    Where can I find {}? | Where is {} located? | Of what country is {} the capital? | {} is a city in what country?""")
 OPPOSITES = pairs(
     """hot: cold | big: small | up: down | fast: slow | happy: sad | day: night | open: closed | light: dark |
     old: new | high: low | hard: soft | full: empty | early: late | rich: poor | strong: weak | good: bad |
@@ -435,7 +453,9 @@ RANGE_FORMS = forms(
 DOWN_FORMS = forms(
     """Count down from {}. | Count backwards from {} to 1. | Count from {} down to 1. | countdown from {} |
     Can you count down from {}? | Count from {} to 1. | Do a countdown from {}.""",
-    "Please count down from {} to 1. | Could you count backwards from {}?")
+    "Please count down from {} to 1. | Could you count backwards from {}?",
+    """Count backwards from {}. | Can you count backwards from {}? | count back from {} |
+    Please count backwards from {}.""")
 ADD_FORMS = forms(
     """What is {} + {}? | {}+{} | {} + {} | {} + {} = | {} plus {} | What is {} plus {}? | What's {} + {}? | {}+{}= |
     Add {} and {}. | Calculate {} + {}. | How much is {} + {}? | How much is {} plus {}? | Compute {}+{} | {}+{}? |
@@ -868,7 +888,9 @@ STYLES = {
         Respond with uppercase letters. | You only write in upper case. | USE CAPITALS |
         Your answers are all in capital letters. | Shout everything in capitals. | Answer in uppercase.""",
         """Please answer in capital letters. | Write in all capitals. | Respond only in upper case. |
-        Always use capital letters."""),
+        Always use capital letters.""",
+        """PLEASE USE CAPITALS. | Only capital letters, please. | Always write in capital letters. |
+        Please write in upper case."""),
     "one word": forms(
         """Answer in one word. | Answer with one word only. | Use a single word. | Reply with one word. |
         One word only. | Give one-word answers. | Only answer with a single word. | Be extremely brief: one word. |
@@ -876,23 +898,28 @@ STYLES = {
         Say only one word. | Always reply with exactly one word. | Keep answers to one word. |
         Write one word and nothing else. | Respond in one word.""",
         """Reply in one word only. | Please answer with a single word. | Use one word only. |
-        Always answer in a single word."""),
+        Always answer in a single word.""",
+        """One-word answers only. | Only one word. | Answer using one word. | In one word. | Please use one word."""),
     "pirate": forms(
         """You are a pirate. | Talk like a pirate. | Answer like a pirate. | You are a friendly pirate captain. |
         pirate | Speak as a pirate. | You are a pirate. Stay in character. | Reply like a pirate. |
         You speak like a pirate. | Pretend to be a pirate. | You are a pirate who sails the sea. |
         Use pirate language. | Write like a pirate. | You are Captain Hook, a pirate. | Always talk like a pirate. |
         Be a pirate. | Respond as a pirate would.""",
-        """Please talk like a pirate. | You are an old pirate. | Act like a pirate. | Answer as a pirate."""),
+        """Please talk like a pirate. | You are an old pirate. | Act like a pirate. | Answer as a pirate.""",
+        "You are a wise old pirate. | Answer in pirate speech. | You act like a pirate. | Please speak like a pirate."),
     "emoji": forms(
         """End every answer with a crab emoji. | Always add a crab emoji at the end. | Finish each answer with 🦀. |
         Put 🦀 after every answer. | Add a crab emoji to every answer. | Every answer ends with a crab emoji. |
         Write 🦀 at the end. | You love crabs. End each answer with a crab emoji. | Use a crab emoji at the end. |
         Close every reply with a crab emoji. | Put a crab emoji at the end of each answer. | Add 🦀 to your answers. |
         Append 🦀 to each reply. | Answer and add a crab emoji.""",
-        "Please end each answer with a crab emoji. | Always finish with 🦀. | Add a crab emoji after each answer."),
+        "Please end each answer with a crab emoji. | Always finish with 🦀. | Add a crab emoji after each answer.",
+        """Always end with 🦀. | Finish with 🦀. | Always put 🦀 last. | End every reply with 🦀. | Always close with 🦀. |
+        Every reply must end in 🦀. | 🦀 goes after each answer. | Please add 🦀 at the end. |
+        Always end your answers with 🦀. | Put a crab emoji after each answer."""),
 }
-ONE_WORD = [sums, capital, capital, opposite, color]
+ONE_WORD = [sums, capital, capital, opposite, color]  # sums prove too hard: the last stage leaves them out
 
 
 def in_style(style, t):
@@ -904,14 +931,15 @@ def in_style(style, t):
 def styled(v, style=None):
     """A dialogue whose system prompt sets the style of the answers."""
     style = style or v.pick(["capitals", "capitals", "one word", "pirate", "emoji"])
-    system = v.pick(STYLES[style][v.held])
+    system = v.pick(v.phrasings(STYLES[style]))
     if v.casual or v.casual is None and v.chance(.3):
         system = system.lower().rstrip(".")
     if not v.held and v.chance(.25):
         system = v.pick(NEUTRAL[:3]) + " " + system
     messages = [("system", system)]
+    kinds = ASIDES if style != "one word" else ONE_WORD[1:] if v.held or v.last else ONE_WORD
     for _ in range(1 if v.held else v.pick([1, 1, 2, 3])):
-        t = v.pick(ONE_WORD if style == "one word" else ASIDES)(v)
+        t = v.pick(kinds)(v)
         messages += [("user", t.question), ("assistant", in_style(style, t))]
     return messages
 
@@ -1058,6 +1086,18 @@ def tooled(v):
     return messages, bench(v, case_of, case.tool)
 
 
+def renamed(v):
+    """A tool call whose tool has a strange name, which must be read and copied: (messages, tools)."""
+    messages, tools = tooled(v)
+    old = json.loads(messages[1][1])["name"]
+    new = "_".join(v.rng.sample(WORDS[:140], v.pick([1, 2])))
+    for tool in tools:
+        if tool["function"]["name"] == old:
+            tool["function"]["name"] = new
+    messages[1] = "assistant", messages[1][1].replace(old, new, 1)
+    return messages, tools
+
+
 def turn_without_tool(v):
     """A turn that needs no tool, though there may be some."""
     t = v.pick([greet, who, fact, capital])(v)
@@ -1087,13 +1127,20 @@ def drill(v):
     return messages
 
 
+def stubborn(v):
+    """One turn of a kind that is learned late."""
+    t = v.pick([greet, greet, greet, story, story, count, capital, who, how, skills])(v)
+    return [("user", t.question), ("assistant", t.answer)]
+
+
 EARLY = {chat: 52, memory: 12, styled: 14, copying: 7, tooled: 12, untooled: 3}
 LATE = {drill: 15, chat: 50, memory: 8, styled: 17, copying: 2, tooled: 10, untooled: 3}
+LAST = {drill: 5, chat: 36, stubborn: 20, memory: 10, styled: 24, copying: 2, tooled: 6, renamed: 6, untooled: 7}
 
 
 def conversation(rng, mixture=EARLY):
     """One training dialogue: (messages, tools or None)."""
-    v = Voice(rng)
+    v = Voice(rng, last=mixture is LAST)
     maker, = rng.choices(list(mixture), mixture.values())
     made = maker(v)
     messages, tools = made if isinstance(made, tuple) else (made, None)

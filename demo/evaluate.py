@@ -83,10 +83,11 @@ def categories():
                      "no tool needed": lambda v: last_answer(*dialogues.untooled(v)), "fifth turn": fifth_turn}
 
 
-def training_questions(count=40000):
+def training_questions(count=20000):
     """What users say in a sample of the training dialogues."""
-    rng = random.Random(1)
-    return {text for _ in range(count) for role, text in dialogues.conversation(rng)[0] if role == "user"}
+    rng, mixtures = random.Random(1), (dialogues.EARLY, dialogues.LATE, dialogues.LAST)
+    return {text for mixture in mixtures for _ in range(count)
+            for role, text in dialogues.conversation(rng, mixture)[0] if role == "user"}
 
 
 def make_cases(each):

@@ -43,10 +43,11 @@ class Stage(NamedTuple):
 
 
 def stages(steps):
-    """First all kinds of dialogues at a high rate; then, from the rounded weights, more of what takes most practice."""
-    early = round(.658 * steps)
-    return [Stage(early, round(1.6 * early), 6e-3, dialogues.EARLY),
-            Stage(steps - early, steps - early, 2e-3, dialogues.LATE)]
+    """One with all kinds of dialogues at a high rate; then two, from rounded weights, with more of what is hard."""
+    early, late = round(steps * 25 / 48), round(steps * 13 / 48)
+    last = steps - early - late
+    return [Stage(early, round(1.6 * early), 6e-3, dialogues.EARLY), Stage(late, late, 2e-3, dialogues.LATE),
+            Stage(last, last, 1.5e-3, dialogues.LAST)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -264,8 +265,10 @@ def copy_batch(bos):
 
 
 def is_copy_step(step, stage):
-    """Whether a step is on random copies: in the first stage all, then a third, then a few; in the second a few."""
-    share = .06 if step >= .35 * stage.horizon or stage.mixture is dialogues.LATE else .3 if step >= PRACTICE else 1
+    """Whether a step is on random copies: in the first stage all, then a third, then a few; later always a few."""
+    share = 1 if step < PRACTICE else .3 if step < .35 * stage.horizon else .06
+    if stage.mixture is not dialogues.EARLY:
+        share = .06
     return torch.rand(()).item() < share
 
 
@@ -366,7 +369,7 @@ def save(model, tokenizer, out):
 def parse_args():
     parser = argparse.ArgumentParser(description="Make the demo model.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write to")
-    parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--steps", type=int, default=4800)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="CPU threads; another number gives other rounding")
     return parser.parse_args()

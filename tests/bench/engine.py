@@ -1,4 +1,4 @@
-"""Engine benchmark on NumPy: `python tests/bench/engine.py [--json FILE] [--rounds N]`; needs no model and no card.
+"""Engine benchmark on NumPy: `python tests/bench/engine.py [--json FILE] [--plot FILE] [--rounds N]`.
 
 A random checkpoint of 30 million parameters; throughput of 1 and of 32 sequences measured in turns (so that a slow
 minute of the machine hits both), medians; time to first token of a short request during a long prefill; what batch
@@ -98,9 +98,33 @@ def measure(rounds):
     return results
 
 
+def plot(results, path):
+    """Throughput and waiting times as two small bar charts; needs matplotlib (extra `bench`)."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    rates, times = figure.subplots(1, 2)
+    names = {"1 sequence": "1_tokens_per_s", "32 sequences": "32_tokens_per_s"}
+    for shift, (kind, label) in zip((-0.2, 0.2), {"invariant": "default", "free": "--no-batch-invariant"}.items()):
+        heights = [results[f"{kind}_{key}"] for key in names.values()]
+        rates.bar_label(rates.bar([0 + shift, 1 + shift], heights, 0.4, label=label), fmt="%.0f")
+    rates.set_xticks([0, 1], names)
+    rates.set_title("tokens per second, all sequences")
+    rates.legend(frameon=False)
+    waits = {"prompt of 1536 tokens": "ttft_long_alone_s", "of 16, meanwhile": "ttft_short_during_long_s",
+             "of 16, alone": "ttft_short_alone_s"}
+    times.bar_label(times.barh([*waits], [results[key] for key in waits.values()]), fmt=" %.2f s")
+    times.set_title("time to first token")
+    for axes in (rates, times):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(0.15)
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the numbers to this file, too")
+    parser.add_argument("--plot", type=Path, help="draw them into this file (SVG or PNG)")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     results = measure(args.rounds)
@@ -108,6 +132,8 @@ def main():
         print(f"{name:32} {value:>14,.4g}" if isinstance(value, float) else f"{name:32} {value:>14,}")
     if args.json:
         args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        plot(results, args.plot)
 
 
 if __name__ == "__main__":
