@@ -211,6 +211,13 @@ def one_of(*allowed: Any) -> Callable[[str], Any]:
     return parse
 
 
+def parse_model(text: str) -> str:
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", text := str(text), re.ASCII) and not Path(text).exists()
+    if not hub_id and not Path(text).expanduser().is_dir():
+        raise ValueError("a folder that exists or a Hub id such as meta-llama/Llama-3.2-1B-Instruct")
+    return text
+
+
 def parse_device(text: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,3})?", str(text), re.ASCII):
         raise ValueError("auto, cpu or cuda:N")
@@ -257,7 +264,7 @@ class Setting(NamedTuple):
 
 
 SETTINGS = (
-    Setting("model", None, parse_text, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID",
+    Setting("model", None, parse_model, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID",
             "MODEL_PATH"),
     Setting("served_model_name", None, parse_text, "model id in the API (default: the last part of --model)", "NAME"),
     Setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 is every address", "ADDRESS", "HOST"),
@@ -943,18 +950,16 @@ def find_data(name: str) -> Path | None:
 def resolve_model(model: str | os.PathLike | None) -> Path:
     """The folder of a local model, or of a Hub model after its download (progress bars, HF_HUB_OFFLINE).
 
-    None is the demo model, where this file has it beside itself or in its package.
+    None is the demo model, where this file has it beside itself or in its package. Raises SettingsError for what is
+    neither, CheckpointError when the download fails.
     """
     if model is None:
         if (demo := find_data("demo")) is None:
             raise SettingsError("--model: there is no demo model beside this file; pass a model folder or a Hub id")
         return demo
-    path = Path(model).expanduser()
+    path = Path(check_setting(SETTINGS[0], os.fspath(model))).expanduser()
     if path.is_dir():
         return path
-    if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", str(model), re.ASCII) or path.exists():
-        raise CheckpointError(f"--model {shorten(str(model))}: neither a folder nor a Hub id such as "
-                              "meta-llama/Llama-3.2-1B-Instruct")
     import huggingface_hub
 
     try:
@@ -2786,7 +2791,8 @@ def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> i
     else:
         num_blocks = min(wanted, model.backend.bytes_for_cache(config.gpu_memory_utilization) // block_bytes)
     if num_blocks < 1:
-        raise SettingsError(f"--kv-cache-memory: {max(num_blocks, 0) * block_bytes} bytes is not enough; "
+        found = f"{config.kv_cache_memory} bytes" if config.kv_cache_memory is not None else "what memory is free"
+        raise SettingsError(f"--kv-cache-memory: {found} is not enough; "
                             f"one block of {config.block_size} tokens takes {block_bytes} bytes")
     return int(num_blocks)
 
@@ -3693,6 +3699,8 @@ def serve(settings: dict[str, Any]) -> int:
     config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
     raise_file_limit(settings["max_connections"] + 256)
     server = llm = None
+    if settings["device"].startswith("cuda"):
+        find_card(settings["device"])  # a card that is not there is told before anything starts
     try:
         server = listen(settings)
         log.info("listening on %s, loading the model", server.url)

@@ -10,7 +10,8 @@ import psutil
 import pytest
 from harness import REFERENCE_NAMES, REFERENCES
 from make_references import Dims, random_checkpoint, random_weights, tensor_shapes, to_dtype, write_safetensors
-from rustinfer import ArrayBackend, Checkpoint, CheckpointError, Llama, ModelConfig, RustinferError, resolve_model
+from rustinfer import (
+    ArrayBackend, Checkpoint, CheckpointError, Llama, ModelConfig, RustinferError, SettingsError, resolve_model)
 
 DIMS = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_kv_heads=1, num_layers=1, vocab_size=280)
 SHAPES = tensor_shapes(Dims(**DIMS))
@@ -399,7 +400,7 @@ def test_references_load(name):
 def test_a_model_path_that_is_no_folder_is_refused_with_what_it_may_be(tmp_path):
     (tmp_path / "file").touch()
     for model in (tmp_path / "none", tmp_path / "file", "no-slash", "../../none", "a/b/c", "a/b\n", "-a/b"):
-        with pytest.raises(CheckpointError, match="neither a folder nor a Hub id such as"):
+        with pytest.raises(SettingsError, match="--model: .* a folder that exists or a Hub id such as"):
             resolve_model(model)
     assert resolve_model(str(tmp_path)) == tmp_path
 

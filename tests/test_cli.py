@@ -14,7 +14,8 @@ MODEL = REFERENCES / "llama3-tied"
 CLEAN = {key: value for key, value in os.environ.items() if not key.startswith("RUSTINFER_")
          and key not in {s.variable for s in SETTINGS}}
 REFUSED = {  # a value that each setting refuses, and what the message says is allowed
-    "model": ("", "text that is not empty"), "served_model_name": (" ", "text that is not empty"),
+    "model": ("no/such/model", "a folder that exists or a Hub id such as "),
+    "served_model_name": (" ", "text that is not empty"),
     "host": ("", "text that is not empty"),
     "port": ("65536", "a whole number from 0 to 65535"), "device": ("gpu", "auto, cpu or cuda:N"),
     "max_tokens": ("0", "a whole number of at least 1"),
@@ -73,11 +74,11 @@ class TestSettings:
     @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
     def test_the_variable_is_read_and_the_flag_beats_it(self, setting):
         switch = setting in SWITCHES
-        first, second = ("1", "1") if switch else {
-            "device": ("cpu", "cuda:1"), "block_size": ("8", "32"), "cors_origins": ("*", "https://a.example"),
-            "log_level": ("debug", "error"),
-            "kv_cache_memory": ("1GiB", "2GiB")}.get(setting.name, ("1", "1")
-                                                     if setting.name == "gpu_memory_utilization" else ("5", "6"))
+        values = {
+            "model": ("owner/first", "owner/second"), "device": ("cpu", "cuda:1"), "block_size": ("8", "32"),
+            "cors_origins": ("*", "https://a.example"), "log_level": ("debug", "error"),
+            "kv_cache_memory": ("1GiB", "2GiB"), "gpu_memory_utilization": ("1", "1")}
+        first, second = ("1", "1") if switch else values.get(setting.name, ("5", "6"))
         assert read_settings([], {setting.variable: first})[setting.name] == setting.parse(first)
         flag = [setting.flag] if switch else [setting.flag, second]
         assert read_settings(flag, {setting.variable: first})[setting.name] == setting.parse(second)
@@ -138,10 +139,16 @@ class TestExitCodes:
         assert code == 2 and out == "" and "Traceback" not in err
         assert all(word in one_line(err) for word in words.split())
 
-    def test_no_such_model_is_one_line_and_1(self, tmp_path):
-        code, out, err = run("--model", str(tmp_path / "nowhere" / "at" / "all"), "--port", "0", "--device", "cpu")
+    @pytest.mark.parametrize("flags", [("--model", "nowhere/at/all"), ("--device", "cuda:7"), ("--port", "-1")])
+    def test_a_bad_value_is_the_only_line_and_2(self, flags):
+        code, out, err = run(*flags, HF_HUB_OFFLINE="1")
+        assert code == 2 and out == "" and len(err.splitlines()) == 1
+        assert flags[0] in err and flags[1] in err
+
+    def test_a_hub_model_that_cannot_be_had_is_one_line_and_1(self):
+        code, out, err = run("--model", "owner/none", "--port", "0", "--device", "cpu", HF_HUB_OFFLINE="1")
         assert code == 1 and out == "" and "Traceback" not in err
-        assert "nowhere" in one_line(err)
+        assert "owner/none" in one_line(err)
 
     def test_a_folder_without_a_model_is_one_line_and_1(self, tmp_path):
         code, _, err = run("--model", str(tmp_path), "--port", "0", "--device", "cpu")
