@@ -167,9 +167,9 @@ def parse_bytes(text: str | int) -> int:
     match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]{1,6})?)\s*(?:([kmgt])(i?))?b?\s*", text, re.IGNORECASE | re.ASCII)
     if not match:
         raise ValueError("a number of bytes such as 4GiB or 500MB")
-    number, unit, binary = match.groups()
+    amount, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip()[-1] in "bB" else 1024  # GB is decimal; GiB and G are binary
-    return int(float(number) * base ** " kmgt".index((unit or " ").lower()))
+    return int(float(amount) * base ** " kmgt".index((unit or " ").lower()))
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -382,6 +382,94 @@ BYTES_OF_UNICODE = {  # the printable stand-ins of byte-level BPE (GPT-2), backw
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # never part of interchanged text
 
 
+def read_json(path: Path, default: Any = None) -> Any:
+    """A JSON file of a model folder; a missing one is `default`, or an error where there is none."""
+    if not path.is_file() and default is not None:
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: not found") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {shorten(error)}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}; a JSON object is expected")
+    return value
+
+
+class StreamDecoder:
+    """Tokens in, text out; half a character waits for its other half.
+
+    Byte-level models: text is the UTF-8 of all bytes. SentencePiece models: a run of byte tokens is text once it
+    ends, and one U+FFFD a byte if it is not UTF-8, which only its end can tell.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._run = bytearray()
+        self._strip = tokenizer.strip_start  # leading spaces that SentencePiece models add to a text
+
+    def push(self, token_id: int) -> str:
+        data = self._tokenizer.token_bytes(token_id)
+        if self._tokenizer.byte_level:
+            return self._utf8.decode(data)
+        if self._tokenizer.is_byte(token_id):
+            self._run += data
+            return ""
+        return self._stripped(self._end_run() + data.decode()) if data else ""
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, bytearray()
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return "\ufffd" * len(run)
+
+    def _stripped(self, text: str) -> str:
+        while self._strip and text:
+            text, self._strip = (text[1:], self._strip - 1) if text[0] == " " else (text, 0)
+        return text
+
+    def finish(self) -> str:
+        return self._utf8.decode(b"", True) if self._tokenizer.byte_level else self._stripped(self._end_run())
+
+
+class StopMatcher:
+    """Finds stop strings in streamed text and holds back what may be the start of one.
+
+    The first to be complete wins (of several, the longest), so that the answer does not depend on the pieces.
+    """
+
+    def __init__(self, stops: Seq[str]):
+        self._stops, self._held = tuple(stops), ""
+        self.matched: str | None = None
+
+    def push(self, text: str) -> str:
+        """The text that is safe to show; after a match, `matched` is set and nothing more comes."""
+        if not self._stops or self.matched is not None:
+            return text if self.matched is None else ""
+        held = self._held + text
+        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
+        if found:
+            at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
+            self._held = ""
+            return held[:at]
+        keep = max(self._overlap(held, stop) for stop in self._stops)
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    @staticmethod
+    def _overlap(text: str, stop: str) -> int:
+        """Length of the longest end of `text` that begins `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+
 class Tokenizer:
     """tokenizer.json, read so that a token is bytes and text is the UTF-8 of those bytes.
 
@@ -521,94 +609,6 @@ class Tokenizer:
         """The text of all the tokens; bytes that are not UTF-8 become U+FFFD."""
         stream = StreamDecoder(self)
         return "".join([stream.push(token_id) for token_id in token_ids]) + stream.finish()
-
-
-class StreamDecoder:
-    """Tokens in, text out; half a character waits for its other half.
-
-    Byte-level models: text is the UTF-8 of all bytes. SentencePiece models: a run of byte tokens is text once it
-    ends, and one U+FFFD a byte if it is not UTF-8, which only its end can tell.
-    """
-
-    def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._run = bytearray()
-        self._strip = tokenizer.strip_start  # leading spaces that SentencePiece models add to a text
-
-    def push(self, token_id: int) -> str:
-        data = self._tokenizer.token_bytes(token_id)
-        if self._tokenizer.byte_level:
-            return self._utf8.decode(data)
-        if self._tokenizer.is_byte(token_id):
-            self._run += data
-            return ""
-        return self._stripped(self._end_run() + data.decode()) if data else ""
-
-    def _end_run(self) -> str:
-        run, self._run = self._run, bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return "\ufffd" * len(run)
-
-    def _stripped(self, text: str) -> str:
-        while self._strip and text:
-            text, self._strip = (text[1:], self._strip - 1) if text[0] == " " else (text, 0)
-        return text
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", True) if self._tokenizer.byte_level else self._stripped(self._end_run())
-
-
-class StopMatcher:
-    """Finds stop strings in streamed text and holds back what may be the start of one.
-
-    The first to be complete wins (of several, the longest), so that the answer does not depend on the pieces.
-    """
-
-    def __init__(self, stops: Seq[str]):
-        self._stops, self._held = tuple(stops), ""
-        self.matched: str | None = None
-
-    def push(self, text: str) -> str:
-        """The text that is safe to show; after a match, `matched` is set and nothing more comes."""
-        if not self._stops or self.matched is not None:
-            return text if self.matched is None else ""
-        held = self._held + text
-        found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
-        if found:
-            at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
-            self._held = ""
-            return held[:at]
-        keep = max(self._overlap(held, stop) for stop in self._stops)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
-
-    @staticmethod
-    def _overlap(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop`."""
-        longest = min(len(text), len(stop) - 1)
-        return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-    def finish(self) -> str:
-        held, self._held = self._held, ""
-        return held
-
-
-def read_json(path: Path, default: Any = None) -> Any:
-    """A JSON file of a model folder; a missing one is `default`, or an error where there is none."""
-    if not path.is_file() and default is not None:
-        return default
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: not found") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: cannot be read as JSON: {shorten(error)}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds {type(value).__name__}; a JSON object is expected")
-    return value
 
 
 # ==============================================================================
@@ -1013,6 +1013,33 @@ class BlasThreads:
                 cls._limiter = None
 
 
+@dataclass
+class AttentionGroup:
+    """Pieces of one shape, attended together: n pieces of t queries over c chunks of keys."""
+
+    tokens: Any  # (n, t) which tokens of the step
+    block_tables: Any  # (n, c * KV_CHUNK / S)
+    context_lens: list[int]  # (n,) keys that the last query of a piece may see
+    mask: Any  # (n, c, 1, tiles, rows, KV_CHUNK) bool, True where a query may see a key
+
+    @classmethod
+    def make(cls, backend: ArrayBackend, batch: Batch, t: int, num_chunks: int, members: list) -> AttentionGroup:
+        backend_rows, group_size, block_size = backend.attention_tile, backend.group_size, backend.block_size
+        tokens = np.array([first for _, first, _ in members])[:, None] + np.arange(t)
+        num_blocks = num_chunks * backend.KV_CHUNK // block_size
+        tables = np.zeros((len(members), num_blocks), np.int64)
+        for row, (b, _, _) in enumerate(members):
+            known = batch.block_tables[b, :num_blocks]
+            tables[row, : len(known)] = known
+        length = t * group_size
+        seen = np.zeros((len(members), -(-length // backend_rows) * backend_rows), np.int64)  # padding sees key 0
+        seen[:, :length] = np.repeat(batch.positions[tokens], group_size, axis=1)
+        keys = np.arange(num_chunks * backend.KV_CHUNK).reshape(1, num_chunks, 1, 1, 1, backend.KV_CHUNK)
+        mask = keys <= seen.reshape(len(members), 1, 1, -1, backend_rows, 1)
+        to_device = backend.to_device
+        return cls(to_device(tokens), to_device(tables), [context for _, _, context in members], to_device(mask))
+
+
 class ArrayBackend:
     """Every op once, as array expressions: the specification, and what runs without kernels.
 
@@ -1217,48 +1244,6 @@ class ArrayBackend:
         return shifted - self.xp.log(self.xp.exp(shifted).sum(-1, keepdims=True))
 
 
-@dataclass
-class AttentionGroup:
-    """Pieces of one shape, attended together: n pieces of t queries over c chunks of keys."""
-
-    tokens: Any  # (n, t) which tokens of the step
-    block_tables: Any  # (n, c * KV_CHUNK / S)
-    context_lens: list[int]  # (n,) keys that the last query of a piece may see
-    mask: Any  # (n, c, 1, tiles, rows, KV_CHUNK) bool, True where a query may see a key
-
-    @classmethod
-    def make(cls, backend: ArrayBackend, batch: Batch, t: int, num_chunks: int, members: list) -> AttentionGroup:
-        backend_rows, group_size, block_size = backend.attention_tile, backend.group_size, backend.block_size
-        tokens = np.array([first for _, first, _ in members])[:, None] + np.arange(t)
-        num_blocks = num_chunks * backend.KV_CHUNK // block_size
-        tables = np.zeros((len(members), num_blocks), np.int64)
-        for row, (b, _, _) in enumerate(members):
-            known = batch.block_tables[b, :num_blocks]
-            tables[row, : len(known)] = known
-        length = t * group_size
-        seen = np.zeros((len(members), -(-length // backend_rows) * backend_rows), np.int64)  # padding sees key 0
-        seen[:, :length] = np.repeat(batch.positions[tokens], group_size, axis=1)
-        keys = np.arange(num_chunks * backend.KV_CHUNK).reshape(1, num_chunks, 1, 1, 1, backend.KV_CHUNK)
-        mask = keys <= seen.reshape(len(members), 1, 1, -1, backend_rows, 1)
-        to_device = backend.to_device
-        return cls(to_device(tokens), to_device(tables), [context for _, _, context in members], to_device(mask))
-
-
-def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
-    """The backend for `config.device`, and in words why it was chosen."""
-    if config.device != "cpu":
-        device, reason = find_card(config.device)
-        if device is not None:
-            import cupy
-
-            device.use()
-            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), reason
-    else:
-        reason = "--device cpu"
-    threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return ArrayBackend(np, min(threads, 16), not config.no_batch_invariant), reason
-
-
 def find_card(wanted: str) -> tuple[Any, str]:
     """CuPy's device for `auto` or `cuda:N`, or None with the reason; `cuda:N` that cannot be had is an error."""
     index = 0 if wanted == "auto" else int(wanted.partition(":")[2])
@@ -1277,6 +1262,21 @@ def find_card(wanted: str) -> tuple[Any, str]:
         raise SettingsError(
             f"--device: {wanted!r} cannot be used: {reason}; install rustinfer[cuda12] or use --device cpu")
     return None, f"no card: {reason}"
+
+
+def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
+    """The backend for `config.device`, and in words why it was chosen."""
+    if config.device != "cpu":
+        device, reason = find_card(config.device)
+        if device is not None:
+            import cupy
+
+            device.use()
+            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), reason
+    else:
+        reason = "--device cpu"
+    threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    return ArrayBackend(np, min(threads, 16), not config.no_batch_invariant), reason
 
 
 # ==============================================================================
@@ -2254,6 +2254,20 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", l
               type(None): "null"}
 
 
+def check_json(value: Any, depth: int = 1) -> None:
+    """Raise ValueError for text that is not Unicode, RecursionError for too much depth."""
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError("a string holds half of a surrogate pair") from None
+    if isinstance(value, (dict, list)):
+        if depth > MAX_JSON_DEPTH:
+            raise RecursionError
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            check_json(item, depth + 1)
+
+
 def parse_json(body: bytes) -> dict:
     """The request's JSON object: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
 
@@ -2287,18 +2301,16 @@ def parse_json(body: bytes) -> dict:
     return value
 
 
-def check_json(value: Any, depth: int = 1) -> None:
-    """Raise ValueError for text that is not Unicode, RecursionError for too much depth."""
-    if isinstance(value, str) and not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise ValueError("a string holds half of a surrogate pair") from None
-    if isinstance(value, (dict, list)):
-        if depth > MAX_JSON_DEPTH:
-            raise RecursionError
-        for item in (*value, *value.values()) if isinstance(value, dict) else value:
-            check_json(item, depth + 1)
+def parse_query_value(name: str, text: str) -> Any:
+    if text in ("True", "False"):  # as Python clients write them
+        return text == "True"
+    try:
+        values = parse_json(b'{"value":' + text.encode() + b"}")
+    except APIError:
+        values = {}
+    if len(values) != 1:  # not JSON, or `1,"more":2`
+        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code="invalid_json")
+    return values["value"]
 
 
 def parse_query(query: str, fields: dict[str, Field]) -> dict:
@@ -2318,16 +2330,14 @@ def parse_query(query: str, fields: dict[str, Field]) -> dict:
     return values
 
 
-def parse_query_value(name: str, text: str) -> Any:
-    if text in ("True", "False"):  # as Python clients write them
-        return text == "True"
-    try:
-        values = parse_json(b'{"value":' + text.encode() + b"}")
-    except APIError:
-        values = {}
-    if len(values) != 1:  # not JSON, or `1,"more":2`
-        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code="invalid_json")
-    return values["value"]
+def check_type(name: str, value: Any, field: Field) -> None:
+    kind = TYPE_NAMES[type(value)]
+    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
+        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
+    size = len(value) if isinstance(value, list) else value
+    if field.low is not None and not field.low <= size <= field.high:
+        what = "has {} entries" if isinstance(value, list) else "is {}"
+        raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
 
 
 def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> dict:
@@ -2348,14 +2358,69 @@ def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> di
     return checked
 
 
-def check_type(name: str, value: Any, field: Field) -> None:
-    kind = TYPE_NAMES[type(value)]
-    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
-        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
-    size = len(value) if isinstance(value, list) else value
-    if field.low is not None and not field.low <= size <= field.high:
-        what = "has {} entries" if isinstance(value, list) else "is {}"
-        raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
+def parse_content(content: Any, where: str) -> str:
+    """A string, or text parts joined by line breaks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text":
+            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type",
+                           code="unsupported_value")
+        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
+            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else",
+                                   f"{where}[{index}]")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+MESSAGE_FIELDS = {f.name: f for f in (
+    Field("role", "string", neutral=()),
+    Field("content", "any", neutral=()),
+    Field("refusal", "unsupported"), Field("audio", "unsupported"),
+    Field("annotations", "unsupported", neutral=(None, [])),
+    Field("name", "unsupported"), Field("function_call", "unsupported"),
+    Field("tool_calls", "unsupported", neutral=(None, [])),
+)}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # the template's names
+
+
+def parse_messages(messages: list) -> list[dict]:
+    """[{"role", "content"}] with content as one string."""
+    parsed = []
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
+        given = check_fields(message, MESSAGE_FIELDS, where + ".")
+        role = given.get("role")
+        if role not in ROLES:
+            raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
+                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
+        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
+    return parsed
+
+
+def parse_stop(value: Any) -> tuple[str, ...]:
+    stops = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
+        raise InvalidTypeError("stop must be a string or a list of strings", "stop")
+    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in stops):
+        raise APIError(f"stop may hold {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop")
+    return tuple(stops)
+
+
+def parse_stream_options(given: dict) -> bool:
+    """include_usage."""
+    if "stream_options" not in given:
+        return False
+    if not given.get("stream"):
+        raise APIError("stream_options is allowed only with stream: true", "stream_options")
+    fields = {"include_usage": Field("include_usage", "boolean")}
+    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
 
 
 @dataclass(frozen=True)
@@ -2388,71 +2453,6 @@ def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
                        parse_stream_options(given), given.get("user", ""))
 
 
-def parse_stop(value: Any) -> tuple[str, ...]:
-    stops = [value] if isinstance(value, str) else [] if value is None else value
-    if not isinstance(stops, list) or not all(isinstance(text, str) for text in stops):
-        raise InvalidTypeError("stop must be a string or a list of strings", "stop")
-    if len(stops) > MAX_STOPS or not all(0 < len(text) <= MAX_STOP_LENGTH for text in stops):
-        raise APIError(f"stop may hold {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters", "stop")
-    return tuple(stops)
-
-
-def parse_stream_options(given: dict) -> bool:
-    """include_usage."""
-    if "stream_options" not in given:
-        return False
-    if not given.get("stream"):
-        raise APIError("stream_options is allowed only with stream: true", "stream_options")
-    fields = {"include_usage": Field("include_usage", "boolean")}
-    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
-
-
-MESSAGE_FIELDS = {f.name: f for f in (
-    Field("role", "string", neutral=()),
-    Field("content", "any", neutral=()),
-    Field("refusal", "unsupported"), Field("audio", "unsupported"),
-    Field("annotations", "unsupported", neutral=(None, [])),
-    Field("name", "unsupported"), Field("function_call", "unsupported"),
-    Field("tool_calls", "unsupported", neutral=(None, [])),
-)}
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # the template's names
-
-
-def parse_messages(messages: list) -> list[dict]:
-    """[{"role", "content"}] with content as one string."""
-    parsed = []
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
-        given = check_fields(message, MESSAGE_FIELDS, where + ".")
-        role = given.get("role")
-        if role not in ROLES:
-            raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
-                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
-        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
-    return parsed
-
-
-def parse_content(content: Any, where: str) -> str:
-    """A string, or text parts joined by line breaks."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type",
-                           code="unsupported_value")
-        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
-            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else",
-                                   f"{where}[{index}]")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
 def usage_object(answer: Answer) -> dict:
     """Token counts, and the timing of this request as the seed reports it."""
     seq, timing = answer.handle.seq, answer.handle.timing
@@ -2466,6 +2466,11 @@ def usage_object(answer: Answer) -> dict:
             "decode_ms": round(timing.decode_s * 1000, 3), "decode_iterations": max(0, completion - 1),
             "tokens_per_second": round(completion / seconds, 2) if seconds else 0.0,
             "time_to_first_token_ms": round(timing.ttft_s * 1000, 3)}}
+
+
+def event(value: dict) -> bytes:
+    """One server-sent event; ASCII, since some clients split lines at U+2028."""
+    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 class ChatAnswer:
@@ -2502,11 +2507,6 @@ class ChatAnswer:
         if self._include_usage:
             events += event({**self._head, "choices": [], "usage": usage_object(self.answer)})
         return events + b"data: [DONE]\n\n"
-
-
-def event(value: dict) -> bytes:
-    """One server-sent event; ASCII, since some clients split lines at U+2028."""
-    return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
 # ==============================================================================
@@ -2628,6 +2628,39 @@ class Answer:
         values = {token.token_id: token.logprob, **dict(token.top)}
         return {token_id: Logprob(value, ranks.get(token_id), self._tokenizer.decode([token_id]))
                 for token_id, value in values.items()}
+
+
+def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
+    """A Hub id as it is; a folder by its name."""
+    local = model is None or Path(model).expanduser().is_dir()
+    return folder.resolve().name if local else str(model)
+
+
+def default_sampling_params(folder: Path) -> SamplingParams:
+    """What generation_config.json recommends; `do_sample: false` is temperature 0."""
+    spec = read_json(folder / "generation_config.json", {})
+    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p") if spec.get(name) is not None}
+    if spec.get("do_sample") is False:
+        names = {"temperature": 0.0}
+    try:
+        return SamplingParams(**names)
+    except APIError as error:
+        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
+
+
+def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> int:
+    """KV blocks to allocate: as asked, or what free memory allows, never more than max_num_seqs full contexts."""
+    block_bytes = model.kv_block_bytes()
+    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
+    if config.kv_cache_memory is not None:
+        num_blocks = config.kv_cache_memory // block_bytes
+    else:
+        num_blocks = min(wanted, model.backend.bytes_for_cache(config.gpu_memory_utilization) // block_bytes)
+    if num_blocks < 1:
+        found = f"{config.kv_cache_memory} bytes" if config.kv_cache_memory is not None else "what memory is free"
+        raise SettingsError(f"--kv-cache-memory: {found} is not enough; "
+                            f"one block of {config.block_size} tokens takes {block_bytes} bytes")
+    return int(num_blocks)
 
 
 class LLM:
@@ -2762,39 +2795,6 @@ class LLM:
         finally:
             for answer in running.values():
                 answer.handle.abort()
-
-
-def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
-    """A Hub id as it is; a folder by its name."""
-    local = model is None or Path(model).expanduser().is_dir()
-    return folder.resolve().name if local else str(model)
-
-
-def default_sampling_params(folder: Path) -> SamplingParams:
-    """What generation_config.json recommends; `do_sample: false` is temperature 0."""
-    spec = read_json(folder / "generation_config.json", {})
-    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p") if spec.get(name) is not None}
-    if spec.get("do_sample") is False:
-        names = {"temperature": 0.0}
-    try:
-        return SamplingParams(**names)
-    except APIError as error:
-        raise CheckpointError(f"{folder / 'generation_config.json'}: {error}") from None
-
-
-def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> int:
-    """KV blocks to allocate: as asked, or what free memory allows, never more than max_num_seqs full contexts."""
-    block_bytes = model.kv_block_bytes()
-    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
-    if config.kv_cache_memory is not None:
-        num_blocks = config.kv_cache_memory // block_bytes
-    else:
-        num_blocks = min(wanted, model.backend.bytes_for_cache(config.gpu_memory_utilization) // block_bytes)
-    if num_blocks < 1:
-        found = f"{config.kv_cache_memory} bytes" if config.kv_cache_memory is not None else "what memory is free"
-        raise SettingsError(f"--kv-cache-memory: {found} is not enough; "
-                            f"one block of {config.block_size} tokens takes {block_bytes} bytes")
-    return int(num_blocks)
 
 
 # ==============================================================================
@@ -3233,6 +3233,14 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self._send(self._pending + (b"0\r\n\r\n" if self._chunked else b""))
 
 
+def close_socket(connection: socket.socket) -> None:
+    """Wake whoever reads the socket; its own thread closes it."""
+    try:
+        connection.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass
+
+
 class HTTPServer(http.server.ThreadingHTTPServer):
     """The listening socket: a thread a connection, up to a limit."""
 
@@ -3300,14 +3308,6 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         log.exception("connection of %s failed", client_address[0])
-
-
-def close_socket(connection: socket.socket) -> None:
-    """Wake whoever reads the socket; its own thread closes it."""
-    try:
-        connection.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass
 
 
 class Server:
