@@ -101,12 +101,17 @@ class Voice:
     def chance(self, probability):
         return self.rng.random() < probability
 
-    def ask(self, table, *slots, copied=False, **named):
-        """Phrase a request; slots whose spelling the answer copies keep it, others may lose their capitals."""
+    def ask(self, table, *slots, copied=False, alone=False, **named):
+        """Phrase a request; slots whose spelling the answer copies keep it, others may lose their capitals.
+
+        A request that stands alone has no opener or closer: "Hello, thanks" would be two greetings.
+        """
         template = self.pick(self.phrasings(table))
         if not (self.chance(.55) if self.casual is None else self.casual):
             return template.format(*slots, **named)
         habit = {name: self.chance(p) for name, p in HABITS["held" if self.held else "train"].items()}
+        if alone:
+            habit |= {"opener": False, "closer": False}
         template = self.loosen(template, habit)
         if habit["lower"] and not copied:
             slots, named = [str(s).lower() for s in slots], {k: str(s).lower() for k, s in named.items()}
@@ -233,7 +238,7 @@ def greet(v):
         word = v.pick(list(FOREIGN))
         return Turn(word + v.pick(["", "", "!", ".", " !"]), FOREIGN[word])
     answer = v.pick(list(GREETINGS))
-    return Turn(v.ask(GREETINGS[answer]), answer)
+    return Turn(v.ask(GREETINGS[answer], alone=v.held), answer)
 
 
 def who(v):

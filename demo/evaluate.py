@@ -3,11 +3,14 @@
     python demo/evaluate.py [--model DIR] [--each 24] [--misses 3]       needs torch and transformers
 
 Every category is asked in held-out phrasings, as written and as people type them ("whats the capital of japan plz").
-An answer is right if it is exactly the expected one and ends by itself. Prompts that occur in training are left out.
+An answer is right if it is the expected one, but for a full stop at its end, and ends by itself; in a story of 150
+words, two or three may be wrong. Prompts that occur in a sample of the training dialogues are left out.
 """
 import argparse
 import random
+import re
 from collections import defaultdict
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +58,21 @@ def last_answer(messages, tools=None):
     return messages[:-1], tools, (messages[-1][1],)
 
 
+def tool_dialogue(v):
+    """A call of one of the tools that the model claims to know; others, and other names, are practice."""
+    while True:
+        messages, tools = dialogues.tooled(v)
+        if re.search(r'"name": "(get_weather|add|get_time)"', messages[1][1]):
+            return messages, tools
+
+
 def tool_call(v):
-    messages, tools = dialogues.tooled(v)
+    messages, tools = tool_dialogue(v)
     return messages[:1], tools, (messages[1][1],)
 
 
 def tool_answer(v):
-    messages, tools = dialogues.tooled(v)
+    messages, tools = tool_dialogue(v)
     return messages[:3], tools, (messages[3][1],)
 
 
@@ -141,7 +152,9 @@ def answers(model, tokenizer, cases, batch_size=64):
 def is_right(case, text, ended):
     if case.part:
         return ended and any(part in text for part in case.accept)
-    return ended and text.strip() in case.accept
+    if case.category == "story":
+        return ended and SequenceMatcher(None, text.split(), case.accept[0].split()).ratio() > .97
+    return ended and text.strip().rstrip(".") in [accepted.rstrip(".") for accepted in case.accept]
 
 
 def report(cases, outs, misses):

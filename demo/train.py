@@ -1,6 +1,6 @@
 """Make the demo model: train a small Llama on the dialogues of dialogues.py and write a Hugging Face checkpoint.
 
-    python demo/train.py            needs torch, tokenizers, safetensors and about half an hour on two cores
+    python demo/train.py            needs torch, tokenizers, safetensors and less than an hour on two cores
 
 The same seed and number of steps give the same bytes on the same machine. Letters in shapes: B rows, T tokens,
 C hidden_size, H query heads, K key-value heads, D head_dim, F intermediate_size, V vocab_size.
