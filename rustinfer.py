@@ -1046,10 +1046,12 @@ class ArrayBackend:
     Batch invariance. A BLAS picks its summation order by the shape of a product and by a row's place in it, so a
     row's bits would depend on the batch. Here every product runs in tiles of a fixed number of rows, each tile one
     call of the same shape. At load `calibrate` looks for the best tile within which a row's place does not matter
-    either; OpenBLAS differs by CPU.
+    either, and finds out whether the inner rows of one wide shape get the same bits; OpenBLAS differs by CPU.
     """
 
     TILES = (8, 4, 1)  # rows, best first: more speed prompts up and one stream down; 1 is a matrix-vector product
+    WIDE, MARGIN = 112, 8  # rows of a wide product, and the unused ones before and after them, where edges differ
+    WIDE_FROM = 48  # rows from which one wide product is cheaper than many tiles
     ATTENTION_TILES = (4, 8, 1)  # a decoding sequence has few rows a KV head: H / K
     KV_CHUNK = 128  # keys; attention sums within a chunk first, then over chunks in order
     QUERY_CHUNK = 128  # queries attended at once, which bounds the scores in memory
@@ -1058,6 +1060,7 @@ class ArrayBackend:
     def __init__(self, xp: Any = np, threads: int = 1, batch_invariant: bool = True):
         self.xp, self.batch_invariant = xp, batch_invariant
         self.tile = self.attention_tile = 8
+        self.wide = False
         self.on_host = xp is np
         self.device_index: int | None = None if self.on_host else xp.cuda.Device().id  # which card
         self._pool = ThreadPoolExecutor(threads - 1, "rustinfer-blas") if threads > 1 and batch_invariant else None
@@ -1114,6 +1117,8 @@ class ArrayBackend:
         keys, values = draw(self.KV_CHUNK, head_dim).T, draw(self.KV_CHUNK, head_dim)
         self.tile = next(r for r in self.TILES if all(
             self._keeps_bits(r, draw(r, w.shape[1]), lambda x, w=w: self._product(x[None], w)[0]) for w in weights))
+        rows = [draw(self.WIDE, w.shape[1]) for w in weights]
+        self.wide = all(bool((self._wide(x, w) == self._tiled(x, w)).all()) for x, w in zip(rows, weights))
         self.attention_tile = next(r for r in self.ATTENTION_TILES if
                                    self._keeps_bits(r, draw(r, head_dim), lambda x: x @ keys)
                                    and self._keeps_bits(r, draw(r, self.KV_CHUNK), lambda p: p @ values))
@@ -1136,14 +1141,30 @@ class ArrayBackend:
         if not self.batch_invariant:
             y = x @ weight.T
         else:
-            num_rows, width = x.shape
-            num_tiles = -(-num_rows // self.tile)
-            if num_tiles * self.tile != num_rows:
-                padded = self.xp.zeros((num_tiles * self.tile, width), np.float32)
-                padded[:num_rows] = x
-                x = padded
-            y = self._product(x.reshape(num_tiles, self.tile, width), weight).reshape(-1, len(weight))[:num_rows]
+            y, done = self.xp.empty((len(x), len(weight)), np.float32), 0
+            while done < len(x):  # wide products for many rows, tiles for the few that remain
+                wide = self.wide and len(x) - done > self.WIDE_FROM
+                stop = min(len(x), done + self.WIDE) if wide else len(x)
+                y[done:stop] = (self._wide if wide else self._tiled)(x[done:stop], weight)
+                done = stop
         return y if bias is None else y + bias
+
+    def _padded(self, x: Any, num_rows: int, before: int = 0) -> Any:
+        """x (T, C) with zeros around it -> (num_rows, C)."""
+        padded = self.xp.zeros((num_rows, x.shape[1]), np.float32)
+        padded[before : before + len(x)] = x
+        return padded
+
+    def _tiled(self, x: Any, weight: Any) -> Any:
+        """x (T, C), weight (F, C) -> (T, F), tile by tile."""
+        num_tiles = -(-len(x) // self.tile)
+        tiles = self._padded(x, num_tiles * self.tile).reshape(num_tiles, self.tile, -1)
+        return self._product(tiles, weight).reshape(-1, len(weight))[: len(x)]
+
+    def _wide(self, x: Any, weight: Any) -> Any:
+        """x (up to WIDE, C), weight (F, C) -> (T, F), in one product of WIDE + 2 MARGIN rows."""
+        padded = self._padded(x, self.WIDE + 2 * self.MARGIN, self.MARGIN)
+        return self._product(padded[None], weight)[0, self.MARGIN : self.MARGIN + len(x)]
 
     def _parts(self, height: int, width: int) -> list[tuple[int, int]]:
         """How the rows of a weight are shared out over the threads; depends on nothing but its shape."""

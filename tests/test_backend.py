@@ -270,6 +270,37 @@ def test_calibrate_takes_smaller_tiles_where_larger_ones_mix_rows():
         backend.close()
 
 
+@pytest.mark.parametrize("rows", [1, 49, 111, 112, 113, 160, 161, 300])
+def test_wide_products_give_the_bits_of_tiles(rows):
+    backend = ArrayBackend()
+    try:
+        backend.calibrate([(333, 96), (80, 512)], 16)
+        if not backend.wide:
+            pytest.skip("on this CPU the two shapes differ, and only tiles are used")
+        for height, width in ((333, 96), (80, 512)):
+            x, weight = draw(rows, width), draw(height, width, seed=1)
+            mixed = backend.linear(x, weight)
+            backend.wide = False
+            assert same_bits(mixed, backend.linear(x, weight))
+            backend.wide = True
+    finally:
+        backend.close()
+
+
+def test_calibrate_gives_wide_products_up_where_they_differ():
+    class Differing(ArrayBackend):
+        def _wide(self, x, weight):
+            return np.nextafter(super()._wide(x, weight), np.float32(9))
+
+    backend = Differing()
+    try:
+        backend.calibrate([(64, 64)], 16)
+        assert not backend.wide
+        assert_rows_keep_their_bits(backend, 64, 64)
+    finally:
+        backend.close()
+
+
 def test_without_batch_invariance_the_results_are_as_close(ops):
     backend = ArrayBackend(batch_invariant=False)
     try:
