@@ -4,11 +4,13 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import psutil
 import pytest
-from harness import REFERENCE_NAMES, REFERENCES
+from harness import REFERENCE_NAMES, REFERENCES, ROOT
 from make_references import Dims, random_checkpoint, random_weights, tensor_shapes, to_dtype, write_safetensors
 from rustinfer import (
     ArrayBackend, Checkpoint, CheckpointError, Llama, ModelConfig, RustinferError, SettingsError, resolve_model)
@@ -421,3 +423,17 @@ def test_shards_may_be_links_as_in_the_hub_cache(shards, tmp_path):
         os.rename(path, tmp_path / f"blob-{path.name}")
         path.symlink_to(tmp_path / f"blob-{path.name}")
     load(shards)
+
+
+def test_a_hub_id_is_found_in_the_cache_without_a_network(tmp_path):
+    """The Hub's own cache layout, read with its offline switch, in a process of its own since it reads them once."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    shutil.copytree(REFERENCES / "sharded-biased", cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    code = ("import rustinfer; llm = rustinfer.LLM('owner/tiny', device='cpu'); print(llm.name, llm.num_parameters); "
+            "llm.close()")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+                          env={**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)})
+    assert done.stdout.split()[0] == "owner/tiny" and int(done.stdout.split()[1]) > 0
