@@ -2684,6 +2684,13 @@ def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> i
     return int(num_blocks)
 
 
+def check_options(options: dict, settings: type, what: str) -> None:
+    """Raise SettingsError for a keyword that is no field of the dataclass `settings`."""
+    known = [item.name for item in dataclasses.fields(settings)]
+    if unknown := set(options) - set(known):
+        raise SettingsError(f"{min(unknown)}: no such {what}; there are {', '.join(known)}")
+
+
 class LLM:
     """A Llama model that answers prompts and chats; safe to use from many threads; close it, or use `with`.
 
@@ -2693,10 +2700,7 @@ class LLM:
 
     def __init__(self, model: str | os.PathLike | None = None, *, served_model_name: str | None = None,
                  progress: Callable[[str, float], None] = lambda what, part: None, **options: Any):
-        unknown = set(options) - {item.name for item in dataclasses.fields(EngineConfig)}
-        if unknown:
-            raise SettingsError(f"{min(unknown)}: no such option; there are "
-                                + ", ".join(item.name for item in dataclasses.fields(EngineConfig)))
+        check_options(options, EngineConfig, "option")
         self.config = EngineConfig(**options)
         self.folder = resolve_model(model)
         self.model_config = ModelConfig.load(self.folder)
@@ -2752,9 +2756,7 @@ class LLM:
 
     def params(self, sampling_params: SamplingParams | None = None, **options: Any) -> SamplingParams:
         """The given parameters, or the model's defaults changed by keyword options."""
-        known = [item.name for item in dataclasses.fields(SamplingParams)]
-        if unknown := set(options) - set(known):
-            raise SettingsError(f"{min(unknown)}: no such sampling parameter; there are {', '.join(known)}")
+        check_options(options, SamplingParams, "sampling parameter")
         return dataclasses.replace(sampling_params or self.default_params, **options)
 
     def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
