@@ -23,8 +23,8 @@ Life of a request
 
 Sections, each using only the ones above it
   Errors, Settings
-  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, Model, Sampler
-  II.  many requests at once:        KV cache, Scheduler, Metrics, Engine
+  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, Model, Sampler
+  II.  many requests at once:        KV cache, Scheduler, Metrics, Runner, Engine
   III. the wire:                     API, LLM, Server, CLI
 
 Letters: T tokens in the step, B sequences, H query heads, K KV heads, D head_dim, C hidden_size,
@@ -35,6 +35,7 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import email.utils
@@ -56,6 +57,7 @@ import select
 import signal
 import socket
 import socketserver
+import struct
 import sys
 import threading
 import time
@@ -64,6 +66,7 @@ from collections import OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence as Seq
 
 import jinja2
@@ -98,6 +101,10 @@ class SettingsError(RustinferError, ValueError):
 
 class CheckpointError(RustinferError):
     """A model folder cannot be served: a file, tensor or config entry is missing or wrong."""
+
+
+class DeviceError(RustinferError):
+    """The card or its driver failed; the process should be restarted."""
 
 
 class EngineError(RustinferError):
@@ -273,12 +280,15 @@ SETTINGS = (
     Setting("max_tokens", 1024, whole(1), "tokens to generate when a request names no limit", env="MAX_TOKENS"),
     Setting("max_model_len", None, whole(1), "longest prompt plus output, in tokens (default: the model's own)"),
     Setting("max_num_seqs", 64, whole(1, 4096), "sequences that may run at once"),
-    Setting("max_num_batched_tokens", 512, whole(1, 1 << 20), "tokens that one step may compute"),
+    Setting("max_num_batched_tokens", None, whole(1, 1 << 20),
+            "tokens that one step may compute (default: 2048 with CUDA kernels, else 512)"),
     Setting("block_size", 16, one_of(8, 16, 32, 64, 128), "tokens in one KV block: 8, 16, 32, 64 or 128"),
     Setting("kv_cache_memory", None, parse_bytes, "KV cache size, such as 4GiB (default: from free memory)", "BYTES"),
     Setting("gpu_memory_utilization", 0.9, number(0.05, 1.0), "part of the card's memory to use", "PART"),
     Setting("no_prefix_caching", False, parse_switch, "never reuse the KV blocks of an equal prompt beginning", ""),
     Setting("no_batch_invariant", False, parse_switch, "faster products whose last bits may depend on the batch", ""),
+    Setting("enforce_eager", False, parse_switch, "launch CUDA kernels one by one instead of captured graphs", ""),
+    Setting("no_pdl", False, parse_switch, "no programmatic dependent launch (compute capability 9.0 and later)", ""),
     Setting("max_queue", 256, whole(1, 1 << 20), "requests that may wait; more are answered 429"),
     Setting("max_connections", 400, whole(1, 1 << 16), "open connections; more are answered 503"),
     Setting("stream_interval", 0.02, number(0, 10), "least time between two writes of one stream", "SECONDS"),
@@ -304,12 +314,14 @@ class EngineConfig:
     max_tokens: int = 1024
     max_model_len: int | None = None
     max_num_seqs: int = 64
-    max_num_batched_tokens: int = 512
+    max_num_batched_tokens: int | None = None
     block_size: int = 16
     kv_cache_memory: int | None = None  # bytes
     gpu_memory_utilization: float = 0.9
     no_prefix_caching: bool = False
     no_batch_invariant: bool = False
+    enforce_eager: bool = False
+    no_pdl: bool = False
     max_queue: int = 256
     stream_interval: float = 0.02  # seconds
 
@@ -327,12 +339,21 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0 or -1 and top_p 1 switch the filters off; seed None draws a random one;
     max_tokens None takes the server's default; logprobs k returns the chosen token's and the k likeliest
     tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1).
+
+    These change the logits, in this order, before anything is chosen: repetition_penalty divides the positive and
+    multiplies the negative ones of tokens in the prompt or the output; frequency_penalty times a token's count in the
+    output, and presence_penalty where it occurs there, are subtracted; logit_bias, a mapping from token id to number
+    (kept as sorted pairs), is added. logprobs are those of the logits before.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -340,22 +361,28 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
 
+    MAX_LOGIT_BIAS = 300  # entries, as in kernels/sample.cu
+
     def __post_init__(self):
+        self._freeze_bias(self.logit_bias)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         self._freeze("stop", stop, str, "strings that are not empty")
         self._freeze("stop_token_ids", self.stop_token_ids, int, "token ids")
         for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
-                                ("seed", -(1 << 63), (1 << 64) - 1), ("max_tokens", 1, 1 << 31), ("logprobs", 0, 20)):
+                                ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+                                ("repetition_penalty", 0, 10), ("seed", -(1 << 63), (1 << 64) - 1),
+                                ("max_tokens", 1, 1 << 31), ("logprobs", 0, 20)):
             value = getattr(self, name)
             if value is None and name in ("seed", "max_tokens", "logprobs"):
                 continue
-            kind = (int, float) if name in ("temperature", "top_p", "min_p") else (int,)
+            kind = (int,) if name in ("top_k", "seed", "max_tokens", "logprobs") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
             if not low <= value <= high:  # also refuses NaN
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
-        if self.top_p == 0:
-            raise APIError("top_p is 0; it must be above 0", "top_p")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise APIError(f"{name} is 0; it must be above 0", name)
         if not isinstance(self.ignore_eos, bool):
             raise InvalidTypeError(f"ignore_eos is {shorten(self.ignore_eos)}; it must be true or false", "ignore_eos")
 
@@ -366,6 +393,28 @@ class SamplingParams:
                 isinstance(value, kind) and not isinstance(value, bool) and value != "" for value in values):
             raise InvalidTypeError(f"{name} is {shorten(values)}; it must be a list of {wanted}", name)
         object.__setattr__(self, name, tuple(values))
+
+    def _freeze_bias(self, bias: Any) -> None:
+        """Keep a mapping, or the pairs that an earlier one became, as pairs sorted by token id."""
+        plain = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
+        try:
+            table = dict(() if bias is None else bias)
+        except (TypeError, ValueError):
+            table = {None: None}
+        if not all(plain(token_id, int) and plain(value, (int, float)) for token_id, value in table.items()):
+            raise InvalidTypeError(f"logit_bias is {shorten(bias)}; it must map token ids to numbers", "logit_bias")
+        if len(table) > self.MAX_LOGIT_BIAS:
+            raise APIError(f"logit_bias has {len(table)} entries; it must have at most {self.MAX_LOGIT_BIAS}",
+                           "logit_bias")
+        if not all(token_id >= 0 and -100 <= value <= 100 for token_id, value in table.items()):  # also refuses NaN
+            raise APIError(f"logit_bias is {shorten(bias)}; it must map ids of at least 0 to numbers from -100 to 100",
+                           "logit_bias")
+        object.__setattr__(self, "logit_bias", tuple((key, float(table[key])) for key in sorted(table)))
+
+    @property
+    def has_penalties(self) -> bool:
+        """True when the choice depends on the tokens so far."""
+        return (self.presence_penalty, self.frequency_penalty, self.repetition_penalty) != (0, 0, 1)
 
 
 # ==============================================================================
@@ -972,7 +1021,7 @@ def resolve_model(model: str | os.PathLike | None) -> Path:
 
 # ==============================================================================
 # Backend -- every op as array expressions, on NumPy or CuPy; backends with kernels override ops
-# uses: Errors
+# uses: Errors, Settings, Checkpoint
 # ==============================================================================
 
 
@@ -987,6 +1036,52 @@ class Batch:
     context_lens: np.ndarray  # (B,) int64, cached tokens once this step's are written
     block_tables: np.ndarray  # (B, max blocks) int64, padded with 0
     logits_indices: np.ndarray  # (R,) int64, the tokens whose logits are wanted
+
+
+class Layer(NamedTuple):
+    """One decoder layer's weights on the device; q, k, v and gate, up are stacked."""
+
+    attention_norm: Any  # (C,)
+    qkv: Any  # ((H + 2K) D, C)
+    qkv_bias: Any  # ((H + 2K) D,) or None
+    output: Any  # (C, H D)
+    output_bias: Any
+    mlp_norm: Any  # (C,)
+    gate_up: Any  # (2F, C)
+    gate_up_bias: Any
+    down: Any  # (C, F)
+    down_bias: Any
+
+
+@dataclass
+class DeviceBatch:
+    """A step on the device, as the array expressions need it."""
+
+    input_ids: Any  # (T,)
+    slot_mapping: Any  # (T,)
+    cos: Any  # (T, 1, D/2)
+    sin: Any
+    plan: list[AttentionGroup]
+    logits_indices: Any  # (R,)
+
+
+def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
+    """cos and sin (max_model_len, 1, D/2) in float32, with the float32 arithmetic of the reference.
+
+    llama3 scaling stretches long wavelengths by `factor`, keeps short ones and blends between (Llama 3.1).
+    """
+    inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
+    inverse = inverse.astype(np.float32)
+    scaling = config.rope_scaling or {}
+    if scaling.get("rope_type") == "linear":
+        inverse = inverse / np.float32(scaling["factor"])
+    elif scaling.get("rope_type") == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * inverse / (2 * np.float32(math.pi))
+        smooth = np.clip((turns - low) / (high - low), 0, 1)
+        inverse = ((1 - smooth) * inverse / scaling["factor"] + smooth * inverse).astype(np.float32)
+    angles = np.arange(max_model_len, dtype=np.float32)[:, None, None] * inverse
+    return np.cos(angles), np.sin(angles)
 
 
 class BlasThreads:
@@ -1055,6 +1150,7 @@ class ArrayBackend:
     ATTENTION_TILES = (4, 8, 1)  # a decoding sequence has few rows a KV head: H / K
     KV_CHUNK = 128  # keys; attention sums within a chunk first, then over chunks in order
     QUERY_CHUNK = 128  # queries attended at once, which bounds the scores in memory
+    DEFAULT_BATCHED_TOKENS = 512  # keeps streams smooth while a CPU works on a prompt
     PARALLEL_SIZE = 1 << 18  # weights with at least this many elements are split over the threads
 
     def __init__(self, xp: Any = np, threads: int = 1, batch_invariant: bool = True):
@@ -1073,10 +1169,13 @@ class ArrayBackend:
     def name(self) -> str:
         return "NumPy" if self.on_host else "CuPy arrays"
 
-    def use_device(self) -> None:
+    def on_device(self) -> contextlib.AbstractContextManager:
         """Direct this thread's array calls to the backend's card; CuPy keeps the choice per thread."""
-        if not self.on_host:
-            self.xp.cuda.Device(self.device_index).use()
+        return contextlib.nullcontext() if self.on_host else self.xp.cuda.Device(self.device_index)
+
+    def errors(self) -> contextlib.AbstractContextManager:
+        """Turn the device's errors into ours."""
+        return contextlib.nullcontext()
 
     def bytes_for_cache(self, gpu_memory_utilization: float) -> int:
         """Memory that the KV cache may take: a quarter of what the host has free, or the card's share."""
@@ -1086,7 +1185,8 @@ class ArrayBackend:
         return int(free - (1 - gpu_memory_utilization) * total)
 
     def close(self) -> None:
-        """Give back threads and, on a card, memory; the arrays are dropped by now."""
+        """Give back threads and, on a card, memory; the model's arrays are dropped by now."""
+        self.cos = self.sin = None
         if self._pool:
             self._pool.shutdown()
         if not self.on_host:
@@ -1095,11 +1195,36 @@ class ArrayBackend:
             self._holds_blas = False
             BlasThreads.release()
 
+    def bind(self, config: ModelConfig, max_model_len: int, block_size: int) -> None:
+        """Learn the model's shape; the ops below belong to one model from here on."""
+        self.config, self.block_size, self.group_size = config, block_size, config.group_size
+        self.cos, self.sin = map(self.to_device, rope_tables(config, max_model_len))
+
     def to_device(self, array: np.ndarray) -> Any:
         return array if self.on_host else self.xp.asarray(array)
 
     def to_host(self, array: Any) -> np.ndarray:
         return array if self.on_host else self.xp.asnumpy(array)
+
+    def load_weight(self, parts: Seq[RawTensor]) -> Any:
+        """A tensor, or several stacked along the first axis, on the device in the backend's own format."""
+        wide = [part.to_float32() for part in parts]
+        return self.to_device(np.ascontiguousarray(wide[0] if len(wide) == 1 else np.concatenate(wide)))
+
+    def load_vector(self, parts: Seq[RawTensor]) -> Any:
+        """As `load_weight`, for norms and biases: always float32."""
+        return ArrayBackend.load_weight(self, parts)
+
+    def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
+        """Shape and dtype of the KV cache; its first axes are (2, L, N)."""
+        c = self.config
+        return (2, c.num_layers, num_blocks, self.block_size, c.num_kv_heads, c.head_dim), np.float32
+
+    def prepare(self, batch: Batch) -> DeviceBatch:
+        """What the ops need of a step, on the device."""
+        positions = self.to_device(batch.positions)
+        return DeviceBatch(self.to_device(batch.input_ids), self.to_device(batch.slot_mapping), self.cos[positions],
+                           self.sin[positions], self.attention_plan(batch), self.to_device(batch.logits_indices))
 
     def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
         """Choose the tiles: the first whose rows keep their bits wherever they stand in the tile.
@@ -1128,9 +1253,39 @@ class ArrayBackend:
         return all(bool((product(self.xp.roll(x, shift, 0)) == self.xp.roll(expected, shift, 0)).all())
                    for shift in range(1, rows))
 
-    def embedding(self, input_ids: Any, table: Any) -> Any:
-        """Rows of the table: input_ids (T,), table (V, C) -> (T, C)."""
-        return table[input_ids]
+    # -- the ops of a layer, which kernels replace
+
+    def embedding(self, step: DeviceBatch, table: Any) -> Any:
+        """The residual stream's beginning: table (V, C) -> x (T, C)."""
+        return table[step.input_ids]
+
+    def qkv_rope(self, x: Any, layer: Layer, kv_cache: Any, step: DeviceBatch) -> Any:
+        """Norm, projection and rotation; writes keys and values to kv_cache (2, N, ...) -> queries (T, H, D)."""
+        c, heads = self.config, self.config.num_attention_heads + self.config.num_kv_heads  # values do not turn
+        qkv = self.linear(self.rms_norm(x, layer.attention_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
+        qkv = qkv.reshape(len(x), -1, c.head_dim)
+        turned = self.rope(qkv[:, :heads], step.cos, step.sin)
+        self.append_kv(kv_cache, turned[:, c.num_attention_heads :], qkv[:, heads:], step.slot_mapping)
+        return turned[:, : c.num_attention_heads]
+
+    def attention(self, q: Any, kv_cache: Any, step: DeviceBatch) -> Any:
+        """Causal attention of the new queries: q (T, H, D) -> (T, H D)."""
+        return self.paged_attention(q, kv_cache, step.plan, self.config.head_dim**-0.5).reshape(len(q), -1)
+
+    def add_linear(self, x: Any, y: Any, weight: Any, bias: Any) -> Any:
+        """The residual stream with a projection added: x (T, C), y (T, F), weight (C, F) -> (T, C)."""
+        return x + self.linear(y, weight, bias)
+
+    def gate_up(self, x: Any, layer: Layer) -> Any:
+        """Norm, gate and up projection, SwiGLU: x (T, C) -> (T, F)."""
+        normed = self.rms_norm(x, layer.mlp_norm, self.config.rms_norm_eps)
+        return self.silu_mul(self.linear(normed, layer.gate_up, layer.gate_up_bias))
+
+    def lm_head(self, x: Any, norm: Any, head: Any, step: DeviceBatch) -> Any:
+        """The wanted logits: x (T, C), norm (C,), head (V, C) -> (R, V) float32."""
+        return self.linear(self.rms_norm(x[step.logits_indices], norm, self.config.rms_norm_eps), head)
+
+    # -- the expressions they are made of
 
     def rms_norm(self, x: Any, weight: Any, eps: float) -> Any:
         """y = x / sqrt(mean(x^2) + eps) * weight: x (T, C), weight (C,) (Zhang & Sennrich 2019, 1910.07467)."""
@@ -1265,6 +1420,463 @@ class ArrayBackend:
         return shifted - self.xp.log(self.xp.exp(shifted).sum(-1, keepdims=True))
 
 
+# ==============================================================================
+# CUDA -- the backend whose ops are kernels: kernels/*.cu, compiled for one model on one card
+# uses: Errors, Settings, Checkpoint, Backend
+# ==============================================================================
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_ubyte * 64)]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared_bytes", ctypes.c_uint),
+                ("stream", ctypes.c_void_p), ("attributes", ctypes.POINTER(LaunchAttribute)),
+                ("num_attributes", ctypes.c_uint)]
+
+
+class KernelLauncher:
+    """cuLaunchKernelEx, which CuPy does not offer: with it a kernel may start while the one before it ends.
+
+    Programmatic dependent launch, compute capability 9.0 and later: the kernels wait by themselves (`pdl_wait`).
+    """
+
+    PROGRAMMATIC_STREAM_SERIALIZATION = 6
+    PACKED = {np.int32: "i4x", np.uint32: "I4x", np.float32: "f4x", np.int64: "q", np.uint64: "Q", np.float64: "d",
+              np.uint16: "H6x"}
+
+    def __init__(self, library_path: str = "libcuda.so.1", programmatic: bool = True):
+        self._function = ctypes.CDLL(library_path).cuLaunchKernelEx
+        self._attribute = LaunchAttribute(id=self.PROGRAMMATIC_STREAM_SERIALIZATION)
+        self._attribute.value[0] = 1
+        self._num_attributes = int(programmatic)
+        self._cells: dict[int, tuple[Any, Any]] = {}
+
+    def launch(self, function: int, grid: Seq[int], block: Seq[int], args: Seq[np.generic], shared_bytes: int,
+               stream: int) -> None:
+        """Start a kernel; args are NumPy scalars of the parameters' own sizes, addresses as uint64."""
+        if len(args) not in self._cells:
+            self._cells[len(args)] = self._make_cells(len(args))
+        cells, pointers = self._cells[len(args)]  # used again and again: the driver copies arguments at once
+        struct.pack_into("=" + "".join(self.PACKED[type(arg)] for arg in args), cells, 0, *args)
+        three = lambda sizes: (ctypes.c_uint * 3)(*(*sizes, 1, 1)[:3])
+        config = LaunchConfig(three(grid), three(block), shared_bytes, stream, ctypes.pointer(self._attribute),
+                              self._num_attributes)
+        result = self._function(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
+        if result:
+            raise DeviceError(f"cuLaunchKernelEx returned {result}")
+
+    def _make_cells(self, count: int) -> tuple[Any, Any]:
+        """Room for `count` arguments in cells of 8 bytes, and pointers to each."""
+        cells = ctypes.create_string_buffer(8 * count)
+        start = ctypes.addressof(cells)
+        return cells, (ctypes.c_void_p * count)(*range(start, start + 8 * count, 8))
+
+
+def to_bfloat16(part: RawTensor) -> np.ndarray:
+    """A tensor's values as bf16 bits, rounded to the nearest, ties to even."""
+    if part.dtype == "BF16":
+        return part.data
+    bits = part.to_float32().view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(is_nan, np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+class PinnedUpload:
+    """Copies host memory to the card through two pinned buffers: one is filled while the other is on its way."""
+
+    BUFFER_BYTES = 32 << 20
+
+    def __init__(self, xp: Any, stream: Any):
+        self._stream, self._turn = stream, 0
+        self._memory = [xp.cuda.alloc_pinned_memory(self.BUFFER_BYTES) for _ in range(2)]
+        self._sent = [xp.cuda.Event(disable_timing=True) for _ in range(2)]
+
+    def copy(self, part: RawTensor, target: Any) -> None:
+        """part: any shape and dtype; target: as many uint16 on the device, which get it as bf16."""
+        source, step = part.data.reshape(-1), self.BUFFER_BYTES // 2
+        for start in range(0, len(source), step):
+            self._turn ^= 1
+            self._sent[self._turn].synchronize()
+            piece = to_bfloat16(RawTensor(source[start : start + step], part.dtype))
+            buffer = np.frombuffer(self._memory[self._turn], np.uint16, len(piece))
+            buffer[:] = piece
+            target[start : start + len(piece)].set(buffer, stream=self._stream)
+            self._sent[self._turn].record(self._stream)
+
+
+@dataclass
+class CudaStep:
+    """A step as the kernels take it; arrays on the device. Tokens [0, num_decode) are alone in their sequence."""
+
+    input_ids: Any  # (T,) int32, -1: the last token drawn on the seat
+    positions: Any  # (T,) int32, -1: the seat's next position
+    seats: Any  # (T,) int32
+    num_tokens: int
+    num_decode: int
+    tiles: Any  # (num_tiles, 2) int32: first token and number of tokens of each piece of a prompt
+    num_tiles: int
+    rows: Any  # (R,) int32: the tokens whose logits are wanted; None: every token's
+    row_seats: Any  # (R,) int32
+    num_rows: int
+
+
+class SeatState:
+    """What the card knows of each seat, in one int32 array with named parts, so that one kernel changes any of it.
+
+    A running sequence sits on a seat; the last seat is for the padding rows of captured steps.
+    """
+
+    MAX_BIAS = 300  # logit_bias entries, as in sample.cu
+
+    def __init__(self, xp: Any, num_seats: int, max_blocks: int):
+        self.num_seats, self.max_blocks = num_seats, max_blocks
+        shapes = dict(last_token=(num_seats,), next_position=(num_seats,), row_seats=(num_seats,),
+                      block_tables=(num_seats, max_blocks), ints=(num_seats, 8), floats=(num_seats, 8),
+                      bias_ids=(num_seats, self.MAX_BIAS), bias_values=(num_seats, self.MAX_BIAS))
+        self._places, size = {}, 0
+        for name, shape in shapes.items():
+            self._places[name] = (size, shape)
+            size += -(-math.prod(shape) // 4) * 4  # 16-byte aligned
+        self.array = xp.zeros((size,), np.int32)
+
+    def part(self, name: str) -> Any:
+        """The named part, as a view."""
+        start, shape = self._places[name]
+        return self.array[start : start + math.prod(shape)].reshape(shape).view(self._kind(name))
+
+    @staticmethod
+    def _kind(name: str) -> Any:
+        return np.float32 if name in ("floats", "bias_values") else np.int32
+
+    def patch(self, name: str, seat: int, values: Iterable[int | float], column: int = 0) -> list[tuple[int, int]]:
+        """(place, value) pairs that write `values` into the seat's row of a part, from `column` on."""
+        start, shape = self._places[name]
+        values = np.array(list(values), self._kind(name)).view(np.int32)
+        first = start + seat * math.prod(shape[1:]) + column
+        return list(zip(range(first, first + len(values)), values.tolist()))
+
+
+class CudaBackend(ArrayBackend):
+    """The ops as CUDA kernels: bf16 weights and cache, float32 residual stream, sampling on the card.
+
+    A row's bits depend on nothing but its own request: every product sums in one order, whatever the kernel and the
+    batch (kernels/linear.cuh), and so does attention. Everything is allocated before the first step and runs on one
+    stream, so that a step can be captured in a graph.
+    """
+
+    BLOCK_SIZE, RING, RECORD = 16, 4, 44  # as in the kernels
+    MAX_GROUP, MAX_HEAD_DIM, CHUNK = 16, 128, 128  # query heads a KV head; keys of one partial result of attention
+    FUSED_ROWS, STREAM_ROWS = 4, 16  # rows up to which a product computes the norm itself, and streams its weights
+    TILES = ((32, 32, 64, 128, 75264), (256, 64, 64, 128, 83200), (math.inf, 128, 128, 256, 99072))
+    # of linear_tiled: rows up to which it is taken, rows and weight rows of a block, its threads and shared bytes
+    DEFAULT_BATCHED_TOKENS = 2048
+    FILES = ("patch_state", "embedding", "rms_norm", "qkv_rope", "attention", "gate_up", "lm_head", "sample")
+
+    def __init__(self, xp: Any, config: EngineConfig, folder: Path):
+        super().__init__(xp, batch_invariant=False)
+        self.engine_config, self.folder = config, folder
+        self.stream = xp.cuda.Stream(non_blocking=True)
+        self.capability = int(xp.cuda.Device(self.device_index).compute_capability)
+        can_capture = xp.cuda.runtime.driverGetVersion() >= 12030  # programmatic launches
+        programmatic = self.capability >= 90 and can_capture and not config.no_pdl
+        self._launcher = KernelLauncher() if programmatic else None
+        self.num_processors = xp.cuda.Device(self.device_index).attributes["MultiProcessorCount"]
+        self.last_kernel = "none"
+        self._upload = PinnedUpload(xp, self.stream)
+
+    @classmethod
+    def why_not(cls, xp: Any, config: EngineConfig, model: ModelConfig, folder: Path | None) -> str | None:
+        """What keeps this model from running on the kernels of this card, or None."""
+        capability = int(xp.cuda.Device().compute_capability)
+        limits = (
+            (folder is None or not (folder / "ptx.cuh").is_file(), "there is no folder kernels/ beside rustinfer.py"),
+            (capability < 80, f"compute capability is {capability / 10}; the kernels need 8.0"),
+            (config.block_size != cls.BLOCK_SIZE, f"--block-size is {config.block_size}; the kernels need 16"),
+            (model.hidden_size % 32 or model.intermediate_size % 32 or model.head_dim % 32 or model.head_dim > 128,
+             f"hidden_size {model.hidden_size}, intermediate_size {model.intermediate_size} and head_dim "
+             f"{model.head_dim} must be multiples of 32, head_dim at most 128"),
+            (model.group_size > cls.MAX_GROUP, f"{model.group_size} query heads share a KV head; at most 16 may"),
+            (model.attention_bias or model.mlp_bias, "the kernels have no biases"))
+        return next((reason for hit, reason in limits if hit), None)
+
+    @property
+    def _num_slices(self) -> int:
+        """Parts of the vocabulary that sample_scan looks at one by one."""
+        size = 128 * -(-self.config.vocab_size // (1 << 17))
+        return -(-self.config.vocab_size // size)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        """Tokens of one block of attention_prefill: 8 warps, each with 16 rows of (token, head of the group)."""
+        return 8 * (16 // self.group_size)
+
+    @property
+    def name(self) -> str:
+        graphs = "eager" if self.engine_config.enforce_eager else "captured decode"
+        return f"CUDA kernels (sm_{self.capability}, {graphs}{', programmatic launch' if self._launcher else ''})"
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[None]:
+        with self.xp.cuda.Device(self.device_index), self.stream:
+            yield
+
+    def close(self) -> None:
+        """Wait for what still runs, then give the card its memory back."""
+        with contextlib.suppress(Exception):  # a lost card cannot be waited for
+            self.stream.synchronize()
+        self._upload = self.buffers = self.state = self.cos_sin = self._modules = self._kernels = None
+        super().close()
+
+    # -- before the first step
+
+    def bind(self, config: ModelConfig, max_model_len: int, block_size: int) -> None:
+        self.config, self.block_size, self.group_size = config, block_size, config.group_size
+        self.max_blocks = -(-max_model_len // block_size)
+        self._compile()
+        self._allocate(max_model_len)
+
+    def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
+        """Nothing to find out: the kernels' order of summation is their own."""
+
+    def _compile(self) -> None:
+        """Compile the kernels for this model; CuPy keeps the result on disk, under a name that our hash is part of."""
+        c = self.config
+        dims = dict(HIDDEN=c.hidden_size, INTER=c.intermediate_size, HEADS=c.num_attention_heads,
+                    KV_HEADS=c.num_kv_heads, HEAD_DIM=c.head_dim, VOCAB=c.vocab_size, BLOCK_SIZE=self.block_size)
+        headers = b"".join(path.read_bytes() for path in sorted(self.folder.glob("*.cuh")))
+        dims["HEADERS_HASH"] = f"0x{hashlib.sha256(headers).hexdigest()[:8]}"  # CuPy does not look into headers
+        widths = dict(output=c.num_attention_heads * c.head_dim, down=c.intermediate_size)
+        self._modules = {name: self._compile_one(name, dims) for name in self.FILES}
+        for name, width in widths.items():
+            self._modules[name] = self._compile_one("add_linear", dict(dims, WIDTH=width))
+        self._kernels: dict[tuple[str, str], Any] = {}
+
+    def _compile_one(self, name: str, dims: dict[str, Any]) -> Any:
+        """-fmad=false: where a multiplication and an addition become one is written down (fmaf), not the compiler's."""
+        source = (self.folder / f"{name}.cu").read_text(encoding="utf-8")
+        options = ("-std=c++17", "-fmad=false", f"-I{self.folder}", *(f"-D{key}={value}" for key, value in dims.items()))
+        module = self.xp.RawModule(code=source, options=options)
+        module.compile()  # or CuPy would leave it to the first launch
+        return module
+
+    def _allocate(self, max_model_len: int) -> None:
+        """Everything a step needs besides weights and KV cache."""
+        c, limits = self.config, self.engine_config
+        rows, seats = limits.max_num_seqs, limits.max_num_seqs + 1
+        tokens = self.max_tokens = max(limits.max_num_batched_tokens or self.DEFAULT_BATCHED_TOKENS, rows)
+        query, max_chunks = c.num_attention_heads * c.head_dim, -(-max_model_len // self.CHUNK)
+        f32, i32, u16, u32 = np.float32, np.int32, np.uint16, np.uint32
+        shapes = dict(
+            x=((tokens, c.hidden_size), f32), normed=((tokens, c.hidden_size), u16), scales=((tokens,), f32),
+            q=((tokens, query), u16), attended=((tokens, query), u16), h=((tokens, c.intermediate_size), u16),
+            logits=((rows, c.vocab_size), f32), positions=((tokens,), i32), slot_mapping=((tokens,), i32),
+            partials=((rows, c.num_kv_heads, max_chunks, c.group_size, c.head_dim + 2), f32),
+            split_sums=((4 * self.num_processors * 128 * 128,), f32), linear_tickets=((self.num_processors,), u32),
+            attention_tickets=((rows, c.num_kv_heads), u32),
+            counts=((seats, c.vocab_size), u16), slices=((rows, 4 * self._num_slices), u32), ring=((1,), i32),
+            sample_ticket=((1,), u32), none_given=((rows,), i32))
+        self.buffers = SimpleNamespace(**{name: self.xp.zeros(*shape) for name, shape in shapes.items()})
+        self.buffers.none_given.fill(-1)
+        self.state = SeatState(self.xp, seats, self.max_blocks)
+        self._ring = self.xp.cuda.alloc_pinned_memory(self.RING * rows * self.RECORD * 4)  # kernels write to it
+        records = np.frombuffer(self._ring, np.int32, self.RING * rows * self.RECORD)
+        self.records = records.reshape(self.RING, rows, self.RECORD)
+        table = np.concatenate(rope_tables(c, max_model_len), 1).swapaxes(1, 2)  # (max_model_len, D/2, 2)
+        self.cos_sin = self.xp.asarray(np.ascontiguousarray(table))
+
+    def load_weight(self, parts: Seq[RawTensor]) -> Any:
+        rows = [len(part.data) for part in parts]
+        weight = self.xp.empty((sum(rows), parts[0].data.shape[1]), np.uint16)
+        for part, stop in zip(parts, np.cumsum(rows).tolist()):
+            self._upload.copy(part, weight[stop - len(part.data) : stop].reshape(-1))
+        return weight
+
+    def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
+        """Keys of a block are (K, S, D), values (K, D, S), bf16; the block behind the last is for padding rows."""
+        c = self.config
+        return (2, c.num_layers, num_blocks + 1, c.num_kv_heads * c.head_dim * self.block_size), np.uint16
+
+    # -- a step
+
+    @contextlib.contextmanager
+    def errors(self) -> Iterator[None]:
+        """Whatever CuPy raises becomes a DeviceError, or a SettingsError when memory was short."""
+        try:
+            yield
+        except self.xp.cuda.memory.OutOfMemoryError as error:
+            raise SettingsError(f"the card's memory is not enough: {error}; lower --max-num-seqs, "
+                                "--max-num-batched-tokens or --max-model-len, or take a smaller model") from error
+        except SettingsError:
+            raise
+        except Exception as error:  # CuPy's errors share no base
+            raise DeviceError(f"{type(error).__name__}: {error} (last kernel launched: {self.last_kernel})") from error
+
+    def _launch(self, module: str, entry: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0) -> None:
+        """Start a kernel; int and float arguments become int32 and float32, None a null pointer."""
+        self.last_kernel = entry if entry.startswith(module) else f"{entry} ({module})"
+        kernel = self._kernels.get((module, entry))
+        if kernel is None:
+            kernel = self._kernels[module, entry] = self._modules[module].get_function(entry)
+            if shared > 48 << 10:
+                kernel.max_dynamic_shared_size_bytes = shared
+        kinds = {int: np.int32, float: np.float32, type(None): lambda _: np.uint64(0)}
+        args = [kinds[type(arg)](arg) if type(arg) in kinds else arg for arg in args]
+        if self._launcher is None:
+            kernel(grid, (block,), args, shared_mem=shared)  # on the current stream, which is ours
+            return
+        plain = [arg if isinstance(arg, np.generic) else np.uint64(arg.data.ptr) for arg in args]
+        self._launcher.launch(kernel.kernel.ptr, grid, (block,), plain, shared, self.stream.ptr)
+
+    def _linear(self, module: str, op: str, tokens: int, units: int, tiles: int, args: Seq[Any], *,
+                split: tuple = ()) -> None:
+        """Launch a product on rows that are bf16 already: linear_stream for few rows, else linear_tiled."""
+        if tokens <= self.STREAM_ROWS:
+            self._launch(module, f"{op}_stream", (units,), 128, *args, tokens)
+            return
+        _, rows, weight_rows, threads, shared = next(tile for tile in self.TILES if tokens <= tile[0])
+        columns, blocks = -(-units // (weight_rows // 8 // tiles)), -(-tokens // rows)
+        splits = 4 if columns * blocks < self.num_processors else 1
+        self._launch(module, f"{op}_tiled_{rows}", (columns, blocks, splits), threads, *args, tokens,
+                     self.buffers.split_sums, self.buffers.linear_tickets, shared=shared)
+
+    def _normed(self, x: Any, weight: Any, tokens: int, rows: Any = None) -> tuple[Any, Any]:
+        b = self.buffers
+        self._launch("rms_norm", "rms_norm", (tokens,), 32, b.normed, b.scales, x, weight, rows,
+                     self.config.rms_norm_eps)
+        return b.normed, b.scales
+
+    def prepare(self, step: CudaStep) -> CudaStep:
+        self._step = step
+        return step
+
+    def embedding(self, step: CudaStep, table: Any) -> Any:
+        b, state = self.buffers, self.state
+        self._launch("embedding", "embedding", (step.num_tokens,), 128, b.x, b.positions, b.slot_mapping, table,
+                     step.input_ids, step.positions, step.seats, state.part("last_token"), state.part("next_position"),
+                     state.part("block_tables"), self.max_blocks)
+        return b.x
+
+    def qkv_rope(self, x: Any, layer: Layer, kv_cache: Any, step: CudaStep) -> Any:
+        c, b, tokens = self.config, self.buffers, step.num_tokens
+        units = (c.num_attention_heads + 2 * c.num_kv_heads) * c.head_dim // 16
+        out, place = (b.q, kv_cache[0], kv_cache[1]), (layer.qkv, self.cos_sin, b.positions, b.slot_mapping)
+        if tokens <= self.FUSED_ROWS:
+            self._launch("qkv_rope", "qkv_rope_fused", (units,), 128, *out, x, layer.attention_norm, *place, tokens,
+                         c.rms_norm_eps)
+        else:
+            rows = self._normed(x, layer.attention_norm, tokens)
+            self._linear("qkv_rope", "qkv_rope", tokens, units, 2, (*out, *rows, *place))
+        return b.q
+
+    def attention(self, q: Any, kv_cache: Any, step: CudaStep) -> Any:
+        c, b = self.config, self.buffers
+        args = (b.attended, q, kv_cache[0], kv_cache[1], b.positions, step.seats, self.state.part("block_tables"),
+                self.max_blocks)
+        if step.num_decode:
+            max_chunks = b.partials.shape[2]
+            splits = -(-2 * self.num_processors // (c.num_kv_heads * step.num_decode))
+            splits = min(splits, -(-max_chunks // 4))
+            self._launch("attention", "attention_decode", (c.num_kv_heads, step.num_decode, splits), 128, *args,
+                         b.partials, b.attention_tickets, max_chunks, c.head_dim**-0.5)
+        if step.num_tiles:
+            self._launch("attention", "attention_prefill", (step.num_tiles, c.num_kv_heads), 256, *args, step.tiles,
+                         c.head_dim**-0.5)
+        return b.attended
+
+    def add_linear(self, x: Any, y: Any, weight: Any, bias: Any) -> Any:
+        module = "output" if y is self.buffers.attended else "down"
+        self._linear(module, "add_linear", self._step.num_tokens, self.config.hidden_size // 8, 1, (x, y, weight))
+        return x
+
+    def gate_up(self, x: Any, layer: Layer) -> Any:
+        c, b, tokens = self.config, self.buffers, self._step.num_tokens
+        units = c.intermediate_size // 8
+        if tokens <= self.FUSED_ROWS:
+            self._launch("gate_up", "gate_up_fused", (units,), 128, b.h, x, layer.mlp_norm, layer.gate_up, tokens,
+                         c.rms_norm_eps)
+        else:
+            rows = self._normed(x, layer.mlp_norm, tokens)
+            self._linear("gate_up", "gate_up", tokens, units, 2, (b.h, *rows, layer.gate_up))
+        return b.h
+
+    def lm_head(self, x: Any, norm: Any, head: Any, step: CudaStep) -> Any:
+        c, b, rows = self.config, self.buffers, step.num_rows
+        units = -(-c.vocab_size // 16)
+        if not rows:
+            return b.logits
+        if rows <= self.FUSED_ROWS and step.rows is None:
+            self._launch("lm_head", "lm_head_fused", (units,), 128, b.logits, x, norm, head, rows, c.rms_norm_eps)
+        else:
+            normed = self._normed(x, norm, rows, step.rows)
+            self._linear("lm_head", "lm_head", rows, units, 2, (b.logits, *normed, head))
+        return b.logits
+
+    # -- around the model, for CudaRunner
+
+    def sample(self, step: CudaStep) -> None:
+        """Draw a token for each row of the logits: to the seats, and to the next place of the ring (`records`)."""
+        b, rows, state = self.buffers, step.num_rows, self.state
+        parts = [state.part(name) for name in ("floats", "ints", "bias_ids", "bias_values")]
+        rows_of = (b.slices, b.logits, step.row_seats)
+        self._launch("sample", "sample_scan", (-(-self._num_slices // 8), rows), 256, *rows_of, *parts, b.counts,
+                     state.num_seats)
+        self._launch("sample", "sample_draw", (rows,), 512, np.uint64(self._ring.ptr), b.ring, b.sample_ticket,
+                     state.part("last_token"), state.part("next_position"), b.counts, *rows_of, step.rows, b.positions,
+                     *parts, state.num_seats, self.records.shape[1])
+
+    def reset_counts(self, seat: int, prompt: list[int], output: list[int]) -> None:
+        """Count a sequence's tokens anew, for its penalties."""
+        self._launch("sample", "reset_counts", (-(-self.config.vocab_size // 2048),), 256, self.buffers.counts, seat,
+                     self._send(np.array(prompt + output, np.int32)), len(prompt), len(prompt) + len(output))
+
+    def patch_state(self, patches: list[tuple[int, int]]) -> None:
+        """Write (place, value) pairs into the seats' state; the last of several to one place counts."""
+        pairs = np.array(list(dict(patches).items()), np.int32)
+        self._launch("patch_state", "patch_state", (-(-len(pairs) // 128),), 128, self.state.array,
+                     self._send(pairs), len(pairs))
+
+    def _send(self, array: np.ndarray) -> Any:
+        """A copy on the device, made in the stream's order."""
+        target = self.xp.empty(array.shape, array.dtype)
+        target.set(array, stream=self.stream)
+        return target
+
+    def decode_step(self, size: int) -> CudaStep:
+        """The step that a graph holds: every row one token that the card knows, on the seat `row_seats` says."""
+        none, seats = self.buffers.none_given[:size], self.state.part("row_seats")[:size]
+        return CudaStep(none, none, seats, size, size, None, 0, None, seats, size)
+
+    def mixed_step(self, tokens: list[tuple[int, int, int]], num_decode: int, tiles: list[tuple[int, int]],
+                   rows: list[int]) -> CudaStep:
+        """A step from the host's lists; tokens: (id, position, seat), rows: the tokens whose logits are wanted."""
+        ids, positions, seats = zip(*tokens)
+        lists = (ids, positions, seats, rows, [seats[row] for row in rows], [n for tile in tiles for n in tile])
+        starts = np.cumsum([0, *(-(-len(values) // 4) * 4 for values in lists)]).tolist()  # 16-byte aligned
+        packed = np.zeros(starts[-1], np.int32)
+        for start, values in zip(starts, lists):
+            packed[start : start + len(values)] = values
+        sent = self._send(packed)
+        part = [sent[start : start + len(values)] for start, values in zip(starts, lists)]
+        return CudaStep(*part[:3], len(tokens), num_decode, part[5], len(tiles), *part[3:5], len(rows))
+
+    def capture(self, work: Callable[[], None]) -> Any:
+        """A graph of what `work` launches."""
+        self.stream.begin_capture()
+        try:
+            work()
+        finally:
+            graph = self.stream.end_capture()
+        graph.upload(self.stream)
+        return graph
+
+
 def find_card(wanted: str) -> tuple[Any, str]:
     """CuPy's device for `auto` or `cuda:N`, or None with the reason; `cuda:N` that cannot be had is an error."""
     index = 0 if wanted == "auto" else int(wanted.partition(":")[2])
@@ -1285,7 +1897,7 @@ def find_card(wanted: str) -> tuple[Any, str]:
     return None, f"no card: {reason}"
 
 
-def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
+def pick_backend(config: EngineConfig, model: ModelConfig) -> tuple[ArrayBackend, str]:
     """The backend for `config.device`, and in words why it was chosen."""
     if config.device != "cpu":
         device, reason = find_card(config.device)
@@ -1293,7 +1905,11 @@ def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
             import cupy
 
             device.use()
-            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), reason
+            folder = find_data("kernels")
+            refusal = CudaBackend.why_not(cupy, config, model, folder)
+            if refusal is None:
+                return CudaBackend(cupy, config, folder), reason
+            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), f"{reason}; no kernels: {refusal}"
     else:
         reason = "--device cpu"
     threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
@@ -1306,52 +1922,17 @@ def pick_backend(config: EngineConfig) -> tuple[ArrayBackend, str]:
 # ==============================================================================
 
 
-class Layer(NamedTuple):
-    """One decoder layer's weights, float32 on the device; q, k, v and gate, up are stacked."""
-
-    attention_norm: Any  # (C,)
-    qkv: Any  # ((H + 2K) D, C)
-    qkv_bias: Any  # ((H + 2K) D,) or None
-    output: Any  # (C, H D)
-    output_bias: Any
-    mlp_norm: Any  # (C,)
-    gate_up: Any  # (2F, C)
-    gate_up_bias: Any
-    down: Any  # (C, F)
-    down_bias: Any
-
-
-def rope_tables(config: ModelConfig, max_model_len: int) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin (max_model_len, 1, D/2) in float32, with the float32 arithmetic of the reference.
-
-    llama3 scaling stretches long wavelengths by `factor`, keeps short ones and blends between (Llama 3.1).
-    """
-    inverse = 1.0 / config.rope_theta ** (np.arange(0, config.head_dim, 2, dtype=np.float32) / config.head_dim)
-    inverse = inverse.astype(np.float32)
-    scaling = config.rope_scaling or {}
-    if scaling.get("rope_type") == "linear":
-        inverse = inverse / np.float32(scaling["factor"])
-    elif scaling.get("rope_type") == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * inverse / (2 * np.float32(math.pi))
-        smooth = np.clip((turns - low) / (high - low), 0, 1)
-        inverse = ((1 - smooth) * inverse / scaling["factor"] + smooth * inverse).astype(np.float32)
-    angles = np.arange(max_model_len, dtype=np.float32)[:, None, None] * inverse
-    return np.cos(angles), np.sin(angles)
-
-
 class Llama:
     """The model: weights on the device, and `run`, which computes one step."""
 
     def __init__(self, config: ModelConfig, backend: ArrayBackend, max_model_len: int, block_size: int):
         self.config, self.backend, self.block_size = config, backend, block_size
-        backend.group_size, backend.block_size = config.group_size, block_size
-        self.cos, self.sin = map(backend.to_device, rope_tables(config, max_model_len))
-        self.kv_cache: Any = None  # (2, L, N, S, K, D) float32; Engine sets it
+        backend.bind(config, max_model_len, block_size)
+        self.kv_cache: Any = None  # as `kv_cache_shape` of the backend says
         self.num_parameters = 0
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda part: None) -> None:
-        """Read every weight, widened to float32."""
+        """Read every weight into the backend's format."""
         c = self.config
         q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
         shapes = [(q + 2 * kv, c.hidden_size), (c.hidden_size, q), (2 * c.intermediate_size, c.hidden_size),
@@ -1374,10 +1955,9 @@ class Llama:
               kind: str = "weight") -> Any:
         """One tensor, or several stacked along the first axis."""
         names = [names] if isinstance(names, str) else names
-        parts = [checkpoint.tensor(f"{name}.{kind}", shape).to_float32() for name, shape in zip(names, shapes)]
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        self.num_parameters += array.size
-        return self.backend.to_device(np.ascontiguousarray(array))
+        parts = [checkpoint.tensor(f"{name}.{kind}", shape) for name, shape in zip(names, shapes)]
+        self.num_parameters += sum(part.data.size for part in parts)
+        return (self.backend.load_weight if len(shapes[0]) == 2 else self.backend.load_vector)(parts)
 
     def _read_layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
         c = self.config
@@ -1399,43 +1979,26 @@ class Llama:
 
     def kv_block_bytes(self) -> int:
         """Bytes of one KV block over all layers."""
-        c = self.config
-        return 2 * c.num_layers * self.block_size * c.num_kv_heads * c.head_dim * 4
+        (small, dtype), (large, _) = map(self.backend.kv_cache_shape, (1, 2))
+        return (math.prod(large) - math.prod(small)) * np.dtype(dtype).itemsize
 
     def allocate_kv_cache(self, num_blocks: int) -> None:
-        c = self.config
-        shape = (2, c.num_layers, num_blocks, self.block_size, c.num_kv_heads, c.head_dim)
-        self.kv_cache = self.backend.xp.zeros(shape, np.float32)  # on the host the pages come when first written
+        shape, dtype = self.backend.kv_cache_shape(num_blocks)
+        self.kv_cache = self.backend.xp.zeros(shape, dtype)  # on the host the pages come when first written
 
     def run(self, batch: Batch) -> Any:
         """One step: writes the new tokens' keys and values, returns the wanted logits (R, V) in float32."""
-        ops, c = self.backend, self.config
-        plan = ops.attention_plan(batch)
-        positions, slots = ops.to_device(batch.positions), ops.to_device(batch.slot_mapping)
-        cos, sin = self.cos[positions], self.sin[positions]
-        x = ops.embedding(ops.to_device(batch.input_ids), self.embed)
-        for index, layer in enumerate(self.layers):
-            x = x + self._attention(layer, x, self.kv_cache[:, index], plan, cos, sin, slots)
-            gate_up = ops.linear(ops.rms_norm(x, layer.mlp_norm, c.rms_norm_eps), layer.gate_up, layer.gate_up_bias)
-            x = x + ops.linear(ops.silu_mul(gate_up), layer.down, layer.down_bias)
-        x = ops.rms_norm(x[ops.to_device(batch.logits_indices)], self.norm, c.rms_norm_eps)
-        return ops.linear(x, self.head)
-
-    def _attention(self, layer: Layer, x: Any, kv_cache: Any, plan: list, cos: Any, sin: Any, slots: Any) -> Any:
-        ops, c = self.backend, self.config
-        heads = c.num_attention_heads + c.num_kv_heads  # queries and keys turn, values do not
-        qkv = ops.linear(ops.rms_norm(x, layer.attention_norm, c.rms_norm_eps), layer.qkv, layer.qkv_bias)
-        qkv = qkv.reshape(len(x), -1, c.head_dim)
-        turned = ops.rope(qkv[:, :heads], cos, sin)
-        q, k = turned[:, : c.num_attention_heads], turned[:, c.num_attention_heads :]
-        ops.append_kv(kv_cache, k, qkv[:, heads:], slots)
-        attended = ops.paged_attention(q, kv_cache, plan, c.head_dim**-0.5)
-        return ops.linear(attended.reshape(len(x), -1), layer.output, layer.output_bias)
+        ops, step = self.backend, self.backend.prepare(batch)
+        x = ops.embedding(step, self.embed)
+        for layer, kv_cache in zip(self.layers, self.kv_cache.swapaxes(0, 1)):
+            q = ops.qkv_rope(x, layer, kv_cache, step)
+            x = ops.add_linear(x, ops.attention(q, kv_cache, step), layer.output, layer.output_bias)
+            x = ops.add_linear(x, ops.gate_up(x, layer), layer.down, layer.down_bias)
+        return ops.lm_head(x, self.norm, self.head, step)
 
     def close(self) -> None:
         """Drop the weights and the cache, and give the device its memory back."""
         self.layers, self.embed, self.head, self.norm, self.kv_cache = [], None, None, None, None
-        self.cos = self.sin = None
         self.backend.close()
 
 
@@ -1478,10 +2041,14 @@ class Sampler:
     def __init__(self, backend: ArrayBackend):
         self._backend, self._xp = backend, backend.xp
 
-    def sample(self, logits: Any, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int],
-               positions: Seq[int]) -> list[Sampled]:
-        """logits (B, V) float32; row b is drawn with params[b] from (seeds[b], choices[b], positions[b])."""
+    def sample(self, logits: Any, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int], positions: Seq[int],
+               histories: Seq[tuple[Seq[int], Seq[int]]] | None = None) -> list[Sampled]:
+        """logits (B, V) float32; row b is drawn with params[b] from (seeds[b], choices[b], positions[b]).
+
+        histories[b] is (prompt token ids, output token ids); only a row with penalties needs it.
+        """
         xp, to_host = self._xp, self._backend.to_host
+        raw, logits = logits, self._adjust(logits, params, histories)
         likeliest = logits.argmax(-1)  # a NaN counts as the greatest
         finite = to_host(xp.isfinite(xp.take_along_axis(logits, likeliest[:, None], -1))[:, 0]).tolist()
         token_ids = likeliest.copy()
@@ -1495,9 +2062,38 @@ class Sampler:
             uniform = philox_uniform(xp, array(seeds, np.uint64), array(choices, np.int64), array(positions, np.int64))
             draw = self._draw_filtered if wanted else self._draw
             token_ids[rows] = draw(logits[rows], [params[row] for row in drawn], uniform)
-        logprobs = self._logprobs(logits, token_ids, params)
+        logprobs = self._logprobs(raw, token_ids, params)
         return [Sampled(token, *logprobs.get(row, (None, None)), ok)
                 for row, (token, ok) in enumerate(zip(to_host(token_ids).tolist(), finite))]
+
+    def _adjust(self, logits: Any, params: Seq[SamplingParams], histories: Any) -> Any:
+        """Penalties, then logit_bias, in float32; a logit that is not finite stays what it is, a finite one finite."""
+        changed = [row for row, p in enumerate(params) if p.has_penalties or p.logit_bias]
+        if not changed:
+            return logits
+        xp, adjusted, most = self._xp, logits.copy(), np.finfo(np.float32).max
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # the least repetition penalties; NaN
+            for row in changed:
+                if params[row].has_penalties:
+                    self._penalise(adjusted[row], params[row], *histories[row])
+                if params[row].logit_bias:
+                    self._add_bias(adjusted[row], *zip(*params[row].logit_bias))
+        return xp.where(xp.isfinite(logits), xp.clip(adjusted, -most, most), logits)
+
+    def _penalise(self, logits: Any, params: SamplingParams, prompt: Seq[int], output: Seq[int]) -> None:
+        """Lower (or raise) the logits (V,) of the tokens so far, in place."""
+        token_ids, places = np.unique(np.array([*prompt, *output], np.int64), return_inverse=True)
+        counts = np.bincount(places[len(prompt) :], minlength=len(token_ids)).astype(np.float32)
+        xp, token_ids, counts = self._xp, self._backend.to_device(token_ids), self._backend.to_device(counts)
+        values, repetition = logits[token_ids], np.float32(params.repetition_penalty)
+        values = xp.where(values > 0, values / repetition, values * repetition)
+        values = values - np.float32(params.frequency_penalty) * counts
+        logits[token_ids] = values - np.float32(params.presence_penalty) * xp.minimum(counts, 1)
+
+    def _add_bias(self, logits: Any, token_ids: Seq[int], values: Seq[float]) -> None:
+        """logits (V,), in place."""
+        token_ids = self._backend.to_device(np.array(token_ids))
+        logits[token_ids] = logits[token_ids] + self._backend.to_device(np.array(values, np.float32))
 
     def _column(self, params: list[SamplingParams], name: str) -> Any:
         return self._backend.to_device(np.array([getattr(p, name) for p in params], np.float64))[:, None]
@@ -1559,6 +2155,9 @@ class Sampler:
 # ==============================================================================
 
 
+PENDING = -1  # a token that a launched step draws and nobody has read yet; only the last of a sequence can be
+
+
 class Sequence:
     """One prompt and its growing answer: tokens, where their KV lies, and how it may end."""
 
@@ -1586,6 +2185,21 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens still to compute before the next one can be drawn: 1 in decode."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def history(self) -> tuple[list[int], list[int]]:
+        """Prompt token ids and output token ids."""
+        return self.token_ids[: self.num_prompt_tokens], self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def is_full(self) -> bool:
+        """True when its last token is on its way and no further one may follow."""
+        return self.params.max_tokens is not None and self.num_output_tokens >= self.params.max_tokens
+
+    def drop_pending(self) -> None:
+        """Forget the token that is on its way."""
+        if self.token_ids[-1] == PENDING:
+            self.token_ids.pop()
 
 
 class Block:
@@ -1664,11 +2278,11 @@ class BlockManager:
             block.ref_count = 1
             seq.block_table.append(block_id)
 
-    def name_full_blocks(self, seq: Sequence, old_num_computed: int) -> None:
-        """Name the blocks that became full when num_computed_tokens grew from `old_num_computed`."""
+    def name_full_blocks(self, seq: Sequence, start: int, stop: int) -> None:
+        """Name the blocks that became full when the sequence's tokens [start, stop) were computed."""
         if not self.prefix_caching:
             return
-        for index in range(old_num_computed // self.block_size, seq.num_computed_tokens // self.block_size):
+        for index in range(start // self.block_size, stop // self.block_size):
             name, block = self._hash(seq, index), self.blocks[seq.block_table[index]]
             if block.hash is None and name not in self.named:
                 block.hash, block.token_ids = name, self._tokens(seq, index)
@@ -1764,7 +2378,7 @@ class Scheduler:
         self._make_room()
         self._admit()
         budget = self.max_num_batched_tokens
-        decoding = [seq for seq in self.running if seq.num_remaining == 1][:budget]
+        decoding = [seq for seq in self.running if seq.num_remaining == 1 and not seq.is_full][:budget]
         prompts = [seq for seq in self.running if seq.num_remaining > 1]
         shares = self._share(prompts, budget - len(decoding))
         chosen = [(seq, 1) for seq in decoding] + [(seq, share) for seq, share in zip(prompts, shares) if share > 0]
@@ -1775,11 +2389,20 @@ class Scheduler:
     def _make_room(self) -> None:
         """Give each running sequence the block its next token needs, preempting the newest where there is none."""
         for seq in list(self.running):
-            while seq in self.running and len(seq.block_table) < self.blocks.blocks_for(seq.num_tokens):
+            while seq in self.running and self._lacks_blocks(seq):
                 if self.blocks.num_free:
                     self.blocks.grow(seq)
                 else:
                     self._preempt(max(self.running, key=lambda other: other.seq_id))
+
+    def _lacks_blocks(self, seq: Sequence) -> int:
+        return 0 if seq.is_full else max(0, self.blocks.blocks_for(seq.num_tokens) - len(seq.block_table))
+
+    def can_look_ahead(self) -> bool:
+        """True when the next step needs no token that is pending: nobody can be admitted or must be preempted."""
+        if self.waiting and len(self.running) < self.max_num_seqs:
+            return False
+        return sum(map(self._lacks_blocks, self.running)) <= self.blocks.num_free
 
     def _preempt(self, seq: Sequence) -> None:
         """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
@@ -1918,8 +2541,246 @@ class MachineProbe:
 
 
 # ==============================================================================
+# Runner -- a step from its sequences to their tokens, on arrays or on a card
+# uses: Settings, Backend, CUDA, Model, Sampler, KV cache, Scheduler
+# ==============================================================================
+
+
+def prepare_batch(step: Step, block_size: int) -> Batch:
+    """The arrays of a step."""
+    counts = np.array(step.num_scheduled_tokens)
+    computed = np.array([seq.num_computed_tokens for seq in step.sequences])
+    lengths = np.array([seq.num_tokens for seq in step.sequences])
+    tables = np.zeros((len(counts), max(len(seq.block_table) for seq in step.sequences)), np.int64)
+    for row, seq in enumerate(step.sequences):
+        tables[row, : len(seq.block_table)] = seq.block_table
+    ends = np.cumsum(counts)
+    positions = np.arange(ends[-1]) - np.repeat(ends - counts - computed, counts)
+    slots = tables[np.repeat(np.arange(len(counts)), counts), positions // block_size] * block_size
+    return Batch(
+        input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
+                            seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
+        positions=positions, slot_mapping=slots + positions % block_size, cu_seqlens_q=np.concatenate(([0], ends)),
+        context_lens=computed + counts, block_tables=tables,
+        logits_indices=(ends - 1)[computed + counts == lengths])
+
+
+class ArrayRunner:
+    """Computes a step at once, by array expressions."""
+
+    looks_ahead = False
+
+    def __init__(self, model: Llama, config: EngineConfig):
+        self._model, self._sampler = model, Sampler(model.backend)
+
+    def launch(self, step: Step) -> list[Sampled | None]:
+        """A token for each sequence whose tokens are all computed then, else None."""
+        logits = self._model.run(prepare_batch(step, self._model.block_size))
+        complete = [seq for seq, count in zip(*step) if count == seq.num_remaining]
+        tokens = iter(self._sampler.sample(
+            logits, [seq.params for seq in complete], [seq.seed for seq in complete],
+            [seq.choice for seq in complete], [seq.num_tokens for seq in complete],
+            [seq.history if seq.params.has_penalties else None for seq in complete]) if complete else ())
+        return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+
+    def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
+        """The tokens of a launched step, once they are there."""
+        return launched
+
+
+@dataclass
+class Seat:
+    """A sequence's place on the card, and what the card knows of it."""
+
+    index: int
+    num_preemptions: int  # of the sequence when it sat down; a preempted one's block table is all new
+    num_blocks: int = 0  # entries of the block table that the card has
+    next_position: int | None = None  # where the card would go on by itself
+
+
+class LaunchedStep(NamedTuple):
+    """What `CudaRunner.collect` needs of a launched step."""
+
+    done: Any  # an event
+    place: int  # in the ring of records
+    rows: list[int | None]  # of each sequence: its row of the records, None where nothing was drawn
+
+
+class CudaRunner:
+    """Launches steps on a card without waiting for them.
+
+    A step in which every sequence decodes is one captured graph, replayed: tokens, positions, block tables and
+    parameters lie on the card, and the host sends only what changed (`patch_state`), such as a new block every 16
+    tokens. Any other step is launched kernel by kernel with its tokens and positions.
+    """
+
+    looks_ahead = True
+
+    def __init__(self, model: Llama, config: EngineConfig):
+        self._model, self._backend = model, model.backend
+        self._state, self._config = model.backend.state, config
+        self._seats: dict[Sequence, Seat] = {}
+        self._free = list(range(config.max_num_seqs))
+        self._row_seats = [config.max_num_seqs] * config.max_num_seqs  # as on the card
+        self._patches: list[tuple[int, int]] = []
+        self._num_drawn = 0  # steps that wrote to the ring
+        self._graphs: dict[int, Any] = {}
+        with self._backend.on_device(), self._backend.errors():
+            self._prepare_padding()
+            if not config.enforce_eager:
+                self._capture_all()
+
+    def _prepare_padding(self) -> None:
+        """The last seat writes its keys and values to the cache's last block, which no sequence owns."""
+        padding, scratch_block = self._config.max_num_seqs, self._model.kv_cache.shape[2] - 1
+        self._patches += self._state.patch("block_tables", padding, [scratch_block])
+        for row in range(padding):
+            self._patches += self._state.patch("row_seats", row, [padding])
+        self._send_patches()
+
+    def _capture_all(self) -> None:
+        limit = self._config.max_num_seqs
+        sizes = {1, 2, 4, 8, 16, 24, 32, 48, *range(64, limit, 32), limit}
+        for size in sorted(size for size in sizes if size <= limit):
+            work = functools.partial(self._run, self._backend.decode_step(size))
+            work()  # kernels load at their first launch, which a graph cannot hold
+            self._num_drawn += 1
+            self._graphs[size] = self._backend.capture(work)
+
+    # -- launching
+
+    def launch(self, step: Step) -> LaunchedStep:
+        """Start a step; its tokens are there once `collect` returns."""
+        with self._backend.errors():
+            seats = [self._sit(seq) for seq in step.sequences]
+            complete = [seq.num_remaining == count for seq, count in zip(*step)]
+            if all(map(self._can_decode, step.sequences, seats)):
+                self._launch_decode(seats)
+                drawn = range(len(seats))
+            else:
+                drawn = self._launch_mixed(step, seats, complete)
+            for seq, seat, count, is_complete in zip(step.sequences, seats, step.num_scheduled_tokens, complete):
+                seat.next_position = seq.num_computed_tokens + count if is_complete else None
+            return self._note(len(seats), drawn)
+
+    def _note(self, size: int, drawn: Iterable[int]) -> LaunchedStep:
+        """What is needed to collect: row r of the ring's next place belongs to the step's sequence drawn[r]."""
+        rows: list[int | None] = [None] * size
+        for row, index in enumerate(drawn):
+            rows[index] = row
+        done = self._backend.xp.cuda.Event(disable_timing=True)
+        done.record(self._backend.stream)
+        launched = LaunchedStep(done, self._num_drawn % self._backend.RING, rows)
+        self._num_drawn += any(row is not None for row in rows)
+        return launched
+
+    def _sit(self, seq: Sequence) -> Seat:
+        """The sequence's seat, with whatever is new about the sequence noted for the card."""
+        seat = self._seats.get(seq)
+        if seat is None:
+            seat = self._seats[seq] = Seat(self._free_seat(), seq.num_preemptions)
+            self._introduce(seq, seat.index)
+        elif seat.num_preemptions != seq.num_preemptions:
+            seat.num_preemptions, seat.num_blocks, seat.next_position = seq.num_preemptions, 0, None
+        if seat.num_blocks < len(seq.block_table):
+            new_blocks = seq.block_table[seat.num_blocks :]
+            self._patches += self._state.patch("block_tables", seat.index, new_blocks, seat.num_blocks)
+            seat.num_blocks = len(seq.block_table)
+        return seat
+
+    def _free_seat(self) -> int:
+        if not self._free:
+            for seq in [seq for seq in self._seats if seq.finish_reason or not seq.block_table]:
+                self._free.append(self._seats.pop(seq).index)
+        return self._free.pop()
+
+    def _introduce(self, seq: Sequence, seat: int) -> None:
+        """Send a sequence's sampling parameters, in the order of sample.cu."""
+        p, state, bias = seq.params, self._state, dict(seq.params.logit_bias)
+        penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
+        seed = np.array([seq.seed], np.uint64).view(np.int32).tolist()  # low word, high word
+        top = -1 if p.logprobs is None else p.logprobs
+        ints = (max(p.top_k, 0), top, seq.choice, *seed, len(bias), p.has_penalties)
+        for name, values in (("ints", ints), ("floats", (p.temperature, p.top_p, p.min_p, *penalties)),
+                             ("bias_ids", bias.keys()), ("bias_values", bias.values())):
+            self._patches += state.patch(name, seat, values)
+        if p.has_penalties:
+            self._backend.reset_counts(seat, *seq.history)
+
+    @staticmethod
+    def _can_decode(seq: Sequence, seat: Seat) -> bool:
+        return seq.num_remaining == 1 and seat.next_position == seq.num_computed_tokens
+
+    def _launch_decode(self, seats: list[Seat]) -> None:
+        """Replay the smallest graph that holds the sequences; rows behind them are padding."""
+        size = next((size for size in self._graphs if size >= len(seats)), len(seats))
+        wanted = [seat.index for seat in seats] + [self._config.max_num_seqs] * (size - len(seats))
+        for row, index in enumerate(wanted):
+            if self._row_seats[row] != index:
+                self._row_seats[row] = index
+                self._patches += self._state.patch("row_seats", row, [index])
+        self._send_patches()
+        if size in self._graphs:
+            self._graphs[size].launch(self._backend.stream)
+        else:
+            self._run(self._backend.decode_step(size))
+
+    def _launch_mixed(self, step: Step, seats: list[Seat], complete: list[bool]) -> list[int]:
+        """Launch the kernels one by one: single tokens first, then prompts. Which sequences get a token, row by row."""
+        self._send_patches()
+        tokens, tiles, rows, drawn = [], [], [], []
+        for i in sorted(range(len(seats)), key=lambda i: step.num_scheduled_tokens[i] > 1):
+            seq, count = step.sequences[i], step.num_scheduled_tokens[i]
+            start, first = seq.num_computed_tokens, len(tokens)
+            if count > 1:
+                piece = self._backend.tokens_per_tile
+                tiles += [(first + at, min(piece, count - at)) for at in range(0, count, piece)]
+            tokens += [(seq.token_ids[place], place, seats[i].index) for place in range(start, start + count)]
+            if complete[i]:
+                rows.append(len(tokens) - 1)
+                drawn.append(i)
+        self._run(self._backend.mixed_step(tokens, step.num_scheduled_tokens.count(1), tiles, rows))
+        return drawn
+
+    def _run(self, step: CudaStep) -> None:
+        self._model.run(step)
+        if step.num_rows:
+            self._backend.sample(step)
+
+    def _send_patches(self) -> None:
+        if self._patches:
+            self._backend.patch_state(self._patches)
+            self._patches = []
+
+    # -- collecting
+
+    def collect(self, launched: LaunchedStep) -> list[Sampled | None]:
+        """The tokens of a launched step, once they are there."""
+        with self._backend.errors():
+            launched.done.synchronize()
+        records = self._backend.records[launched.place]
+        heads = records[:, :4].tolist()
+        return [None if row is None else self._read(heads[row], records[row]) for row in launched.rows]
+
+    @staticmethod
+    def _read(head: list[int], record: np.ndarray) -> Sampled:
+        """A record of sample.cu: token, finite, logprob, number of top entries, their 20 ids, their 20 logprobs."""
+        token, finite, _, count = head
+        if count < 0:
+            return Sampled(token, None, None, bool(finite))
+        floats = record.view(np.float32)
+        top = tuple(zip(record[4 : 4 + count].tolist(), floats[24 : 24 + count].tolist()))
+        return Sampled(token, float(floats[2]), top, bool(finite))
+
+
+def make_runner(model: Llama, config: EngineConfig) -> ArrayRunner | CudaRunner:
+    """The runner that goes with the model's backend."""
+    return (CudaRunner if isinstance(model.backend, CudaBackend) else ArrayRunner)(model, config)
+
+
+# ==============================================================================
 # Engine -- the one loop thread and the global lock: submit, stream, abort, close
-# uses: Errors, Settings, Backend, Model, Sampler, KV cache, Scheduler, Metrics
+# uses: Errors, Settings, Model, Sampler, KV cache, Scheduler, Metrics, Runner
 # ==============================================================================
 
 
@@ -1982,8 +2843,19 @@ class Handle:
                 self._changed.notify_all()
 
 
+class InFlight(NamedTuple):
+    """A step that was launched and whose tokens were not read yet."""
+
+    step: Step
+    spans: list[tuple[int, int]]  # of each sequence: the tokens [start, stop) that the step computes
+    launched: Any  # what Runner.collect takes
+
+
 class Engine:
     """Runs many sequences through one model: `step` is schedule, run, update.
+
+    Where the runner can look ahead (on a card), a step is launched before the tokens of the one before it are read:
+    those are PENDING in the host's lists meanwhile. A stop is then seen a step late, and the overrun token dropped.
 
     The lock guards the scheduler, the blocks and the handles' table; it is not held while the model runs. Only the
     engine thread calls the model. An error inside a run ends the sequences of that step and the loop goes on; an
@@ -2001,7 +2873,8 @@ class Engine:
         self.metrics = Metrics()
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
-        self._sampler = Sampler(model.backend)
+        self._runner = make_runner(model, config)
+        self._in_flight: InFlight | None = None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._handles: dict[Sequence, Handle] = {}
@@ -2043,6 +2916,9 @@ class Engine:
         ids = np.asarray(prompt_token_ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
             raise APIError(f"token ids must be whole numbers from 0 to {vocab_size - 1}", param)
+        for token_id, _ in params.logit_bias:
+            if token_id >= vocab_size:
+                raise APIError(f"logit_bias names token {token_id}; the last one is {vocab_size - 1}", "logit_bias")
         wanted = params.max_tokens
         if length >= limit or (wanted is not None and length + wanted > limit):
             output = f" and max_tokens is {wanted}" if wanted is not None else ", which leaves no room for output"
@@ -2070,7 +2946,9 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         with self._lock:  # one closer at a time
-            self.model.close()
+            self._runner = None  # graphs hold on to what they were captured with
+            with self.model.backend.on_device():
+                self.model.close()
 
     def snapshot(self) -> dict:
         """Counters and the state of queue and cache."""
@@ -2084,9 +2962,9 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            self.model.backend.use_device()
-            while self._wait_for_work():
-                self.step()
+            with self.model.backend.on_device():
+                while self._wait_for_work():
+                    self.step()
             self._end_all(UnavailableError("the server is shutting down", code="shutting_down"))
         except BaseException as error:
             log.exception("the engine has failed")
@@ -2098,27 +2976,30 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """False when the engine closes."""
         with self._work:
-            self._work.wait_for(lambda: self._closing or self._aborted or self.scheduler.has_work)
+            self._work.wait_for(
+                lambda: self._closing or self._aborted or self._in_flight or self.scheduler.has_work)
             return not self._closing
 
     def step(self) -> None:
         """Schedule, run, update."""
         with self._lock:
             self._drop_aborted()
-            step = self.scheduler.schedule()
-            now = time.monotonic()
-            for seq in step.sequences:
-                timing = self._handles[seq].timing
-                timing.started = timing.started or now
-        if not step.sequences:
-            return
-        try:
-            drawn = self._run(step)
-        except Exception as error:
-            self._fail(step, error)
-            return
-        with self._lock:
-            self._update(step, drawn)
+            step = self._schedule()
+        launched = self._launch(step) if step.sequences else None
+        if self._runner.looks_ahead:
+            launched, self._in_flight = self._in_flight, launched
+        if launched:
+            self._finish_step(launched)
+
+    def _schedule(self) -> Step:
+        """The next step; an empty one where the tokens in flight must be read first."""
+        if self._in_flight and not self.scheduler.can_look_ahead():
+            return Step([], [])
+        step, now = self.scheduler.schedule(), time.monotonic()
+        for seq in step.sequences:
+            timing = self._handles[seq].timing
+            timing.started = timing.started or now
+        return step
 
     def _drop_aborted(self) -> None:
         for seq, reason in self._aborted:
@@ -2126,64 +3007,68 @@ class Engine:
                 self._end(seq, reason)
         self._aborted.clear()
 
-    def _run(self, step: Step) -> list[Sampled | None]:
-        """The model and the sampler: a token for each sequence whose tokens are all computed, else None."""
-        batch = self.prepare(step)
-        logits = self.model.run(batch)
-        complete = [seq for seq, count in zip(*step) if count == seq.num_remaining]
-        tokens = iter(self._sampler.sample(
-            logits, [seq.params for seq in complete], [seq.seed for seq in complete],
-            [seq.choice for seq in complete], [seq.num_tokens for seq in complete]) if complete else ())
-        return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+    def _run(self, step: Step) -> Any:
+        return self._runner.launch(step)
 
-    def prepare(self, step: Step) -> Batch:
-        """The arrays of a step."""
-        size, counts = self.blocks.block_size, np.array(step.num_scheduled_tokens)
-        computed = np.array([seq.num_computed_tokens for seq in step.sequences])
-        lengths = np.array([seq.num_tokens for seq in step.sequences])
-        tables = np.zeros((len(counts), max(len(seq.block_table) for seq in step.sequences)), np.int64)
-        for row, seq in enumerate(step.sequences):
-            tables[row, : len(seq.block_table)] = seq.block_table
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - computed, counts)
-        slots = tables[np.repeat(np.arange(len(counts)), counts), positions // size] * size + positions % size
-        return Batch(
-            input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
-                                seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
-            positions=positions, slot_mapping=slots, cu_seqlens_q=np.concatenate(([0], ends)),
-            context_lens=computed + counts, block_tables=tables,
-            logits_indices=(ends - 1)[computed + counts == lengths])
+    def _launch(self, step: Step) -> InFlight | None:
+        """Start a step and take its tokens for computed; None when that failed."""
+        try:
+            launched = self._run(step)
+        except DeviceError:
+            raise
+        except Exception as error:
+            self._fail(step, error)
+            return None
+        with self._lock:
+            spans = []
+            for seq, count in zip(*step):
+                spans.append((seq.num_computed_tokens, seq.num_computed_tokens + count))
+                seq.num_computed_tokens += count
+                if seq.num_computed_tokens == seq.num_tokens:
+                    seq.token_ids.append(PENDING)
+        return InFlight(step, spans, launched)
 
-    def _update(self, step: Step, drawn: list[Sampled | None]) -> None:
-        """Record what was computed, append tokens, end what has ended."""
+    def _finish_step(self, flight: InFlight) -> None:
+        """Wait for a step's tokens and hand them on."""
+        drawn = self._runner.collect(flight.launched)
+        with self._lock:
+            self._update(flight, drawn)
+
+    def _update(self, flight: InFlight, drawn: list[Sampled | None]) -> None:
+        """Record what was computed, fill in the tokens, end what has ended."""
         self._failures = 0
         self.metrics.steps += 1
-        for seq, count, token in zip(*step, drawn):
-            computed = seq.num_computed_tokens
-            seq.num_computed_tokens += count
+        for seq, (start, stop), token in zip(flight.step.sequences, flight.spans, drawn):
+            if seq not in self._handles:  # it ended while this step was in flight
+                continue
             if token is not None and not token.finite:
                 self.blocks.forget(seq)
                 self._end(seq, "error", EngineError("the model produced logits that are not finite"))
                 continue
-            self.blocks.name_full_blocks(seq, computed)
-            if token is None:
-                continue
-            handle = self._handles[seq]
-            seq.token_ids.append(token.token_id)
-            if handle.timing.first_token is None:
-                handle.timing.first_token = time.monotonic()
-            handle.put(token)
-            if reason := self._stop_reason(seq, token.token_id):
-                self._end(seq, reason)
+            self.blocks.name_full_blocks(seq, start, stop)
+            if token is not None:
+                self._put(seq, stop, token)
 
-    def _stop_reason(self, seq: Sequence, token_id: int) -> str | None:
+    def _put(self, seq: Sequence, place: int, token: Sampled) -> None:
+        """The sequence's token at `place` has arrived."""
+        handle = self._handles[seq]
+        seq.token_ids[place] = token.token_id
+        if handle.timing.first_token is None:
+            handle.timing.first_token = time.monotonic()
+        handle.put(token)
+        if reason := self._stop_reason(seq, token.token_id, place + 1 - seq.num_prompt_tokens):
+            del seq.token_ids[place + 1 :]  # the overrun token
+            self._end(seq, reason)
+
+    def _stop_reason(self, seq: Sequence, token_id: int, num_output_tokens: int) -> str | None:
         if token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos):
             return "stop"
-        return "length" if seq.num_output_tokens >= seq.params.max_tokens else None
+        return "length" if num_output_tokens >= seq.params.max_tokens else None
 
     def _end(self, seq: Sequence, reason: str, error: Exception | None = None) -> None:
         """Free a sequence's blocks and tell its handle."""
         seq.finish_reason = reason
+        seq.drop_pending()
         self.scheduler.remove(seq)
         handle = self._handles.pop(seq)
         handle.finish(reason, error)
@@ -2710,9 +3595,12 @@ class LLM:
         self.created = int(time.time())
         self._check_vocabulary()
         self.default_params = default_sampling_params(self.folder)
-        backend, self.backend_reason = pick_backend(self.config)
+        backend, self.backend_reason = pick_backend(self.config, self.model_config)
+        budget = self.config.max_num_batched_tokens or backend.DEFAULT_BATCHED_TOKENS
+        self.config = dataclasses.replace(self.config, max_num_batched_tokens=budget)
         try:
-            self._start(backend, progress)
+            with backend.on_device(), backend.errors():
+                self._start(backend, progress)
         except BaseException:
             backend.close()
             raise

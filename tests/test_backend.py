@@ -48,7 +48,7 @@ def test_rms_norm_of_zeros_is_zero(ops):
 
 def test_embedding_takes_rows(ops):
     table = draw(9, 4)
-    assert same_bits(ops.embedding(np.array([8, 0, 8]), table), table[[8, 0, 8]])
+    assert same_bits(ops.embedding(SimpleNamespace(input_ids=np.array([8, 0, 8])), table), table[[8, 0, 8]])
 
 
 @pytest.mark.parametrize("t", [1, 2, 3, 7, 8, 9, 31, 33, 100])
@@ -343,7 +343,7 @@ def test_blas_gets_its_threads_back(monkeypatch):
 
 
 def test_the_cpu_is_taken_when_asked_for():
-    backend, reason = pick_backend(EngineConfig(device="cpu"))
+    backend, reason = pick_backend(EngineConfig(device="cpu"), None)
     assert backend.name == "NumPy" and reason == "--device cpu" and backend.batch_invariant
     backend.close()
 

@@ -30,7 +30,8 @@ REFUSED = {  # a value that each setting refuses, and what the message says is a
     "cors_origins": ("example.org", "* or origins such as https://example.org"),
     "log_level": ("trace", "one of debug, info, warning, error"),
     "no_prefix_caching": ("maybe", "1 or 0, true or false"),
-    "no_batch_invariant": ("2", "1 or 0, true or false")}
+    "no_batch_invariant": ("2", "1 or 0, true or false"),
+    "enforce_eager": ("si", "1 or 0, true or false"), "no_pdl": ("never", "1 or 0, true or false")}
 SWITCHES = [setting for setting in SETTINGS if setting.parse is rustinfer.parse_switch]
 VALUED = [setting for setting in SETTINGS if setting.parse is not rustinfer.parse_switch]
 

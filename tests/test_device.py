@@ -10,7 +10,7 @@ from harness import REFERENCE_NAMES, REFERENCES, reference_answers
 def strict_llm(monkeypatch, request):
     """A reference model whose backend computes on the strict device."""
     backend = rustinfer.ArrayBackend(strict_device)
-    monkeypatch.setattr(rustinfer, "pick_backend", lambda config: (backend, "test"))
+    monkeypatch.setattr(rustinfer, "pick_backend", lambda *_: (backend, "test"))
     with rustinfer.LLM(REFERENCES / request.param, kv_cache_memory="16MiB") as llm:
         yield llm
 

@@ -60,8 +60,8 @@ def test_every_section_says_what_it_uses():
         assert uses in ("nothing", "everything above") or set(uses.split(", ")) <= set(seen), name
         seen.append(name)
     assert seen == [
-        "Errors", "Settings", "Tokenizer", "Chat template", "Checkpoint", "Backend", "Model", "Sampler", "KV cache",
-        "Scheduler", "Metrics", "Engine", "API", "LLM", "Server", "CLI"]
+        "Errors", "Settings", "Tokenizer", "Chat template", "Checkpoint", "Backend", "CUDA", "Model", "Sampler",
+        "KV cache", "Scheduler", "Metrics", "Runner", "Engine", "API", "LLM", "Server", "CLI"]
 
 
 def test_public_things_have_docstrings():

@@ -16,7 +16,7 @@ def compute(blocks, seq, num_tokens=None):
     """What a step does: the KV of the sequence's tokens is written, and full blocks get their names."""
     before = seq.num_computed_tokens
     seq.num_computed_tokens = seq.num_tokens if num_tokens is None else before + num_tokens
-    blocks.name_full_blocks(seq, before)
+    blocks.name_full_blocks(seq, before, seq.num_computed_tokens)
 
 
 def admit(blocks, token_ids, salt=b""):

@@ -1,6 +1,7 @@
 """Sampler: the published generator, exact sets of allowed tokens, the right distribution, rows that share nothing."""
 import numpy as np
 import pytest
+import strict_device
 from rustinfer import ArrayBackend, Sampler, SamplingParams, philox_uniform
 
 GREEDY = SamplingParams(temperature=0)
@@ -160,17 +161,80 @@ def test_a_large_vocabulary_gives_its_distribution(sampler):
         assert 0.4 < place.mean() < 0.6 and len(set(drawn)) > 190  # mean of 200: 0.5, deviation 0.02
 
 
+# ---- penalties and biases -------------------------------------------------------------------------------------------
+
+
+def choose(sampler, logits, params, prompt=(), output=()):
+    """The token of one row and its record."""
+    [row] = sampler.sample(np.array([logits], np.float32), [params], [0], [0], [0], [(prompt, output)])
+    return row
+
+
+@pytest.mark.parametrize("options, prompt, output, expected", [
+    ({}, [0], [0], 0),
+    ({"repetition_penalty": 1.5}, [0], [], 1), ({"repetition_penalty": 1.5}, [], [0], 1),  # 4 / 1.5 < 3
+    ({"repetition_penalty": 1.2}, [0], [0], 0), ({"repetition_penalty": 1.2}, [0, 0], [0, 0], 0),  # 3.33 however often
+    ({"repetition_penalty": 0.5}, [2], [], 0), ({"repetition_penalty": 0.5}, [1], [], 1),  # -2 becomes -1, 3 becomes 6
+    ({"presence_penalty": 1.5}, [0], [], 0), ({"presence_penalty": 1.5}, [], [0], 1),  # the prompt does not count
+    ({"presence_penalty": 0.9}, [], [0, 0, 0], 0), ({"presence_penalty": -2}, [], [1], 1),
+    ({"frequency_penalty": 0.6}, [], [0], 0), ({"frequency_penalty": 0.6}, [0, 0], [0, 0], 1),  # 4 - 2 * 0.6 < 3
+    ({"frequency_penalty": 0.6, "presence_penalty": 0.5}, [], [0], 1),  # 4 - 0.6 - 0.5 < 3
+    ({"repetition_penalty": 2, "presence_penalty": -1.5}, [], [0], 0),  # 4 / 2 + 1.5 > 3, but (4 + 1.5) / 2 is not
+    ({"logit_bias": {2: 6}}, [], [], 0), ({"logit_bias": {2: 6.1}}, [], [], 2), ({"logit_bias": {0: -100}}, [], [], 1),
+    ({"repetition_penalty": 2, "logit_bias": {0: 1.5}}, [0], [], 0)])  # 4 / 2 + 1.5 > 3: the bias comes last
+def test_penalties_and_biases_change_the_choice(sampler, options, prompt, output, expected):
+    for temperature in (0, 1e-6):
+        for filters in ({}, {"top_k": 2}):
+            params = SamplingParams(temperature=temperature, **filters, **options)
+            assert choose(sampler, [4, 3, -2], params, prompt, output).token_id == expected
+
+
+def test_penalties_and_biases_shape_the_distribution(sampler):
+    params = SamplingParams(frequency_penalty=0.5, presence_penalty=0.25, repetition_penalty=1.5, logit_bias={3: 1})
+    logits = np.array([2, 1.5, -1, 0, 0.5], np.float32)
+    expected = np.exp([2 / 1.5 - 2 * 0.5 - 0.25, 1.5 / 1.5, -1 * 1.5 - 0.5 - 0.25, 1, 0.5])
+    count, history = 20_000, ([1, 1], [0, 2, 0])
+    drawn = sampler.sample(np.repeat(logits[None], count, 0), [params] * count, [0] * count, [0] * count, range(count),
+                           [history] * count)
+    counts = np.bincount([row.token_id for row in drawn], minlength=5)
+    assert chi_square(counts, expected / expected.sum()) < 1
+
+
+def test_logprobs_are_those_of_the_logits_before_penalties_and_biases(sampler):
+    logits = [4, 3, -2]
+    plain = choose(sampler, logits, SamplingParams(temperature=0, logprobs=3))
+    changed = choose(sampler, logits, SamplingParams(temperature=0, logprobs=3, logit_bias={2: 50},
+                                                     repetition_penalty=3), [0], [1])
+    assert changed.token_id == 2 and changed.top == plain.top and changed.logprob == dict(plain.top)[2]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("repetition", [1e-40, 1e-300])
+def test_the_least_repetition_penalty_keeps_logits_finite(sampler, repetition):
+    row = choose(sampler, [1, 2, -3, 0], SamplingParams(repetition_penalty=repetition, logit_bias={1: 1}), [0, 1], [2])
+    assert row.finite and row.token_id in (0, 1)
+
+
+def test_no_bias_brings_a_forbidden_token_back(sampler):
+    params = SamplingParams(logit_bias={0: 100}, repetition_penalty=0.1, presence_penalty=-2)
+    row = choose(sampler, [-np.inf, 0, 0], params, [0], [0])
+    assert row.finite and row.token_id in (1, 2)
+
+
 # ---- rows -----------------------------------------------------------------------------------------------------------
 
 
 def random_step(rows, seed=0):
-    """Logits, parameters, seeds, choices and positions of unlike rows."""
+    """Logits, parameters, seeds, choices, positions and histories of unlike rows."""
     rng = np.random.default_rng(seed)
     params = [SamplingParams(temperature=float(rng.choice([0, 0.3, 1, 2])), top_k=int(rng.choice([0, 1, 20])),
                              top_p=float(rng.choice([0.5, 1])), min_p=float(rng.choice([0, 0.1])),
+                             presence_penalty=float(rng.choice([0, 1])), frequency_penalty=float(rng.choice([0, -1])),
+                             repetition_penalty=float(rng.choice([1, 1.3])), logit_bias=[{}, {3: 5}][rng.integers(2)],
                              logprobs=[None, 0, 5][rng.integers(3)]) for _ in range(rows)]
+    histories = [(rng.integers(0, 300, 40).tolist(), rng.integers(0, 300, 90).tolist()) for _ in range(rows)]
     return (rng.standard_normal((rows, 300), np.float32) * 3, params, rng.integers(0, 2**63, rows).tolist(),
-            rng.integers(0, 4, rows).tolist(), rng.integers(0, 1000, rows).tolist())
+            rng.integers(0, 4, rows).tolist(), rng.integers(0, 1000, rows).tolist(), histories)
 
 
 def test_rows_depend_on_no_other_row(sampler):
@@ -180,6 +244,13 @@ def test_rows_depend_on_no_other_row(sampler):
     order = np.random.default_rng(1).permutation(40)
     mixed = sampler.sample(step[0][order], *([column[row] for row in order] for column in step[1:]))
     assert together == alone and mixed == [together[row] for row in order]
+
+
+def test_a_device_draws_what_the_host_draws(sampler):
+    step = random_step(40)
+    backend = ArrayBackend(strict_device)
+    assert Sampler(backend).sample(strict_device.asarray(step[0]), *step[1:]) == sampler.sample(*step)
+    backend.close()
 
 
 def test_the_same_seed_draws_the_same_and_another_does_not(sampler):

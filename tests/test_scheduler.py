@@ -40,7 +40,7 @@ class Simulation:
         for seq, count in zip(*step):
             before = seq.num_computed_tokens
             seq.num_computed_tokens += count
-            self.blocks.name_full_blocks(seq, before)
+            self.blocks.name_full_blocks(seq, before, seq.num_computed_tokens)
             if seq.num_remaining == 0:
                 self.first_token.setdefault(seq, self.steps)
                 seq.token_ids.append(seq.seq_id)

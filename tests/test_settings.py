@@ -134,7 +134,9 @@ def test_settings_and_params_cannot_change_later():
     {"temperature": 0}, {"temperature": 2}, {"top_p": 1e-9}, {"top_k": -1}, {"top_k": 1 << 31}, {"min_p": 1},
     {"seed": -(1 << 63)},
     {"seed": (1 << 64) - 1}, {"max_tokens": 1}, {"logprobs": 0}, {"logprobs": 20}, {"stop": "end"}, {"stop": None},
-    {"stop": ["a", "b"], "stop_token_ids": [1, 2]}, {"ignore_eos": True}])
+    {"stop": ["a", "b"], "stop_token_ids": [1, 2]}, {"ignore_eos": True},
+    {"presence_penalty": -2, "frequency_penalty": 2}, {"repetition_penalty": 1e-9}, {"repetition_penalty": 10},
+    {"logit_bias": {0: -100, 128255: 100.0}}, {"logit_bias": dict.fromkeys(range(300), 1)}, {"logit_bias": None}])
 def test_sampling_params_take_their_whole_range(fields):
     SamplingParams(**fields)
 
@@ -149,7 +151,16 @@ def test_sampling_params_take_their_whole_range(fields):
     ("max_tokens", 0, "from 1"), ("max_tokens", False, "a number"), ("logprobs", 21, "from 0 to 20"),
     ("stop", [""], "not empty"), ("stop", 5, "strings"), ("stop", ["a", 5], "strings"), ("stop", {"a": 1}, "list"),
     ("stop_token_ids", 5, "token ids"), ("stop_token_ids", ["a"], "token ids"), ("stop_token_ids", [True], "token ids"),
-    ("ignore_eos", "no", "true or false")])
+    ("ignore_eos", "no", "true or false"),
+    ("presence_penalty", 2.1, "from -2 to 2"), ("frequency_penalty", -2.1, "from -2 to 2"),
+    ("frequency_penalty", True, "a number"), ("repetition_penalty", 0, "above 0"),
+    ("repetition_penalty", -1, "from 0 to 10"), ("repetition_penalty", 10.1, "from 0 to 10"),
+    ("repetition_penalty", float("nan"), "from 0 to 10"),
+    ("logit_bias", 5, "token ids to numbers"), ("logit_bias", [5], "token ids to numbers"),
+    ("logit_bias", {"5": 1}, "token ids to numbers"), ("logit_bias", {5: "1"}, "token ids to numbers"),
+    ("logit_bias", {True: 1}, "token ids to numbers"), ("logit_bias", {5: True}, "token ids to numbers"),
+    ("logit_bias", {-1: 1}, "at least 0"), ("logit_bias", {1: 101}, "from -100 to 100"),
+    ("logit_bias", {1: float("nan")}, "from -100 to 100")])
 def test_a_refused_param_is_a_client_error_with_name_value_and_limit(name, value, limit):
     with pytest.raises(APIError) as caught:
         SamplingParams(**{name: value})
@@ -162,3 +173,20 @@ def test_lists_become_tuples():
     params = SamplingParams(stop="end", stop_token_ids=[1, 2])
     assert params.stop == ("end",) and params.stop_token_ids == (1, 2)
     assert hash(params) == hash(dataclasses.replace(params))
+
+
+def test_too_many_biases_are_counted():
+    with pytest.raises(APIError, match="logit_bias has 301 entries; it must have at most 300"):
+        SamplingParams(logit_bias=dict.fromkeys(range(301), 1))
+
+
+def test_a_bias_becomes_sorted_pairs_and_may_be_given_as_such():
+    params = SamplingParams(logit_bias={7: 1, 2: -3.5})
+    assert params.logit_bias == ((2, -3.5), (7, 1.0)) and hash(params) == hash(dataclasses.replace(params))
+    assert SamplingParams(logit_bias=None).logit_bias == SamplingParams(logit_bias={}).logit_bias == ()
+
+
+def test_penalties_are_told_from_their_neutral_values():
+    assert not SamplingParams(logit_bias={1: 1}, repetition_penalty=1).has_penalties
+    for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
+        assert SamplingParams(**{name: 0.5}).has_penalties

@@ -1,0 +1,230 @@
+"""CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
+import sys
+import threading
+
+import cupy_cpu
+import numpy as np
+import pytest
+from make_references import random_checkpoint
+from test_batch_invariance import answer_of
+
+import rustinfer
+from harness import ROOT, ServerProcess
+from rustinfer import CudaBackend, EngineConfig, EngineError, ModelConfig, SamplingParams, SettingsError
+
+DIMS = dict(hidden_size=64, intermediate_size=96, num_layers=2, num_attention_heads=4, num_kv_heads=2, head_dim=32,
+            vocab_size=331)
+WAIT = 60
+
+
+@pytest.fixture(autouse=True)
+def card(monkeypatch):
+    """A card, as far as `import cupy` can tell."""
+    monkeypatch.setitem(sys.modules, "cupy", cupy_cpu)
+    monkeypatch.setattr(cupy_cpu, "MEMORY", [8 << 30])
+    yield
+    cupy_cpu.FAULTS.clear()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return random_checkpoint(tmp_path_factory.mktemp("model") / "model", **DIMS)
+
+
+@pytest.fixture
+def open_llm(folder):
+    opened = []
+
+    def open_one(model=folder, **options):
+        options = dict(max_num_seqs=5, max_model_len=256, device="cuda:0") | options
+        opened.append(rustinfer.LLM(model, **options))
+        return opened[-1]
+
+    yield open_one
+    for llm in opened:
+        llm.close()
+        llm.engine.blocks.check(())
+        assert not llm.engine._handles
+
+
+def requests():
+    """Prompts of all kinds of length, two with the same beginning; greedy, drawn, filtered, with penalties."""
+    rng, made = np.random.default_rng(3), []
+    stem = rng.integers(0, 331, 70).tolist()
+    kinds = [dict(temperature=0), dict(temperature=1.0), dict(temperature=1.3, top_k=20, top_p=0.9),
+             dict(temperature=0, repetition_penalty=1.5, presence_penalty=0.5), dict(temperature=0.8, min_p=0.02),
+             dict(temperature=1.0, frequency_penalty=1.0, logit_bias={7: 5.0, 11: -100})]
+    for number, length in enumerate((1, 5, 16, 33, 70, 17, 2, 64)):
+        prompt = stem[:length] if number % 2 else rng.integers(0, 331, length).tolist()
+        made.append((prompt, SamplingParams(seed=number, max_tokens=6 + 5 * (number % 3), ignore_eos=True, logprobs=3,
+                                            **kinds[number % len(kinds)])))
+    return made
+
+
+def answers(llm):
+    return [answer_of(handle) for handle in [llm.engine.submit(*request) for request in requests()]]
+
+
+@pytest.fixture(scope="module")
+def alone(folder):
+    """Each request with the engine to itself, kernel by kernel."""
+    sys.modules["cupy"] = cupy_cpu
+    try:
+        with rustinfer.LLM(folder, device="cuda:0", max_num_seqs=1, max_model_len=256, enforce_eager=True,
+                           no_prefix_caching=True) as llm:
+            return [answer_of(llm.engine.submit(*request)) for request in requests()]
+    finally:
+        del sys.modules["cupy"]
+
+
+def test_the_demo_model_answers_as_on_numpy(open_llm):
+    card = open_llm(ROOT / "demo")
+    assert card.backend_name.startswith("CUDA kernels (sm_80, captured decode")
+    with rustinfer.LLM(ROOT / "demo", device="cpu") as host:
+        for text in ("What is Rust?", "Who are you?"):
+            message, options = [{"role": "user", "content": text}], dict(temperature=0, max_tokens=12)
+            found, expected = (llm.chat(message, **options)[0].outputs[0] for llm in (card, host))
+            assert found.token_ids == expected.token_ids
+
+
+def test_logprobs_are_close_to_numpy(alone, folder):
+    with rustinfer.LLM(folder, device="cpu") as host:
+        prompt, params = requests()[4]
+        first = answer_of(host.engine.submit(prompt, params))[0]
+    assert abs(float.fromhex(first[1]) - float.fromhex(alone[4][0][1])) < 0.05  # bf16 inputs
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(enforce_eager=True, max_num_batched_tokens=24), dict(max_num_batched_tokens=40, max_num_seqs=8)],
+    ids=["graphs", "eager, chunked", "graphs, chunked"])
+def test_together_equals_alone(open_llm, alone, options):
+    llm = open_llm(**options)
+    assert answers(llm) == alone
+    assert answers(llm) == alone and llm.engine.snapshot()["cached_tokens"] > 100
+
+
+def test_a_piece_of_a_prompt_may_end_one_token_before_it(open_llm):
+    prompt, params = list(range(65)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1, temperature=0)
+    whole, pieces = (answer_of(open_llm(max_num_batched_tokens=budget).engine.submit(prompt, params))
+                     for budget in (128, 64))
+    assert whole == pieces
+
+
+def test_preempted_sequences_resume_with_the_same_bits(open_llm):
+    params = SamplingParams(max_tokens=40, ignore_eos=True, seed=3, logprobs=2, presence_penalty=1.0)
+    with_room = answer_of(open_llm().engine.submit(list(range(14)), params))
+    llm = open_llm(kv_cache_memory=8 * 2 * 2 * 16 * 64 * 2, no_prefix_caching=True)
+    handles = [llm.engine.submit(list(range(14)), params) for _ in range(5)]
+    assert [answer_of(handle) for handle in handles] == [with_room] * 5
+    assert llm.engine.snapshot()["num_preemptions"] > 0
+
+
+def test_steady_decode_sends_nothing_to_the_card(open_llm, monkeypatch):
+    llm, sent = open_llm(), []
+    send = llm.engine.model.backend.patch_state
+    monkeypatch.setattr(llm.engine.model.backend, "patch_state", lambda patches: sent.append(patches) or send(patches))
+    handle = llm.engine.submit(list(range(20)), SamplingParams(max_tokens=40, ignore_eos=True))
+    list(handle)
+    assert [len(patches) for patches in sent[2:]] == [1, 1]  # the blocks that begin at tokens 32 and 48
+
+
+def test_a_failed_launch_ends_the_engine_and_names_the_kernel(open_llm, caplog):
+    llm, died = open_llm(enforce_eager=True), threading.Event()
+    llm.engine.on_death = died.set
+    list(llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
+    cupy_cpu.FAULTS["gate_up_fused"] = RuntimeError("CUDA_ERROR_ILLEGAL_ADDRESS")
+    handles = [llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=300 - 100)) for _ in range(3)]
+    for handle in handles:
+        with pytest.raises(EngineError, match="the engine has failed"):
+            list(handle)
+    assert died.wait(WAIT) and isinstance(llm.engine.dead, rustinfer.DeviceError)
+    assert "CUDA_ERROR_ILLEGAL_ADDRESS (last kernel launched: gate_up_fused)" in caplog.text
+
+
+def test_a_card_that_is_lost_while_it_works_ends_the_engine(open_llm, monkeypatch):
+    llm = open_llm()
+    monkeypatch.setattr(cupy_cpu.Event, "synchronize", lambda self: 1 // 0)
+    with pytest.raises(EngineError, match="the engine has failed"):
+        list(llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
+    monkeypatch.undo()
+    assert "ZeroDivisionError" in str(llm.engine.dead)
+
+
+def test_too_little_memory_is_an_error_that_says_what_to_change(open_llm, monkeypatch):
+    monkeypatch.setattr(cupy_cpu, "MEMORY", [100_000])
+    with pytest.raises(SettingsError, match="card's memory is not enough.*lower --max-num-seqs"):
+        open_llm()
+
+
+def test_cache_takes_what_the_card_has_left(open_llm):
+    llm = open_llm(max_num_seqs=5)
+    assert llm.kv_capacity == 5 * 256  # no more than every sequence can use
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(block_size=8), "--block-size is 8; the kernels need 16"),
+    (dict(hidden_size=40), "must be multiples of 32"), (dict(attention_bias=True), "the kernels have no biases"),
+    (dict(num_attention_heads=34, num_kv_heads=1), "34 query heads share a KV head; at most 16 may"),
+    (dict(capability="75"), "compute capability is 7.5; the kernels need 8.0"),
+    (dict(folder=None), "no folder kernels/"),
+])
+def test_what_the_kernels_cannot_do_is_said(folder, monkeypatch, change, reason):
+    model, config, kernels = ModelConfig.load(folder), EngineConfig(), ROOT / "kernels"
+    for name, value in change.items():
+        if name == "block_size":
+            config = EngineConfig(block_size=value)
+        elif name == "capability":
+            monkeypatch.setattr(cupy_cpu.Device, "compute_capability", value)
+        elif name == "folder":
+            kernels = value
+        else:
+            object.__setattr__(model, name, value)
+    assert reason in CudaBackend.why_not(cupy_cpu, config, model, kernels)
+
+
+def nearest_bf16(value: float) -> float:
+    """The nearest bfloat16, of two the one with an even last bit."""
+    bits = int(np.float32(value).view(np.uint32)) >> 16
+    below, above = (float((np.uint32(b) << np.uint32(16)).view(np.float32)) for b in (bits, bits + 1))
+    distances = abs(value - below), abs(above - value)
+    return below if distances[0] < distances[1] or (distances[0] == distances[1] and bits % 2 == 0) else above
+
+
+def test_upload_is_exact_in_pieces_and_rounds_to_bf16(monkeypatch):
+    monkeypatch.setattr(rustinfer.PinnedUpload, "BUFFER_BYTES", 64)
+    stream, rng = cupy_cpu.Stream(), np.random.default_rng(0)
+    upload, values = rustinfer.PinnedUpload(cupy_cpu, stream), rng.standard_normal(301).astype(np.float32)
+    values[:4] = 1.00390625, 1.01171875, -0.0, 1e-40  # two ties, and what has no exponent
+    for dtype, kind in (("BF16", np.uint16), ("F32", np.float32), ("F16", np.float16)):
+        data = (values.view(np.uint32) >> 16).astype(kind) if dtype == "BF16" else values.astype(kind)
+        part, target = rustinfer.RawTensor(data.reshape(43, 7), dtype), cupy_cpu.zeros((301,), np.uint16)
+        upload.copy(part, target)
+        stream.synchronize()
+        found = (np.asarray(target).astype(np.uint32) << 16).view(np.float32)
+        assert found.tolist() == [nearest_bf16(value) for value in part.to_float32().reshape(-1).tolist()]
+    special = np.array([np.inf, -np.inf, np.nan, -np.nan], np.float32)
+    assert rustinfer.to_bfloat16(rustinfer.RawTensor(special, "F32")).tolist() == [0x7F80, 0xFF80, 0x7FC0, 0x7FC0]
+
+
+def card_server(**env):
+    """A real server process that finds a card."""
+    path = f"{ROOT / 'tests' / 'fake_card'}:{ROOT / 'tests'}"
+    return ServerProcess("--device", "cuda:0", "--max-num-seqs", "2", "--max-model-len", "256", "--enforce-eager",
+                         env={"PYTHONPATH": path, **env})
+
+
+def test_a_server_on_a_card_says_so_and_answers():
+    with card_server() as server:
+        hello = server.process.stdout.readline()
+        assert "CUDA kernels (sm_80, eager) (CuPy sees 1 card(s))" in hello
+        status, _, body = server.chat("What is Rust?", max_tokens=8, temperature=0)
+        assert status == 200 and body["usage"]["completion_tokens"] == 8
+        assert server.stop() == 0
+
+
+def test_a_broken_card_answers_its_requests_with_an_error_and_ends_the_process_with_1():
+    with card_server(CUPY_CPU_FAULT="gate_up_fused:30") as server:
+        status, _, body = server.chat("What is Rust?", max_tokens=100, temperature=0)
+        assert status == 500 and body["error"]["type"] == "server_error"
+        assert server.process.wait(20) == 1
+        assert "ECC error encountered (last kernel launched: gate_up_fused)" in server.read_log()
