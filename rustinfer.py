@@ -2166,6 +2166,7 @@ class Sequence:
         self.choice = 0  # which of a request's n answers
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
+        self.max_num_tokens = math.inf if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
         self.num_computed_tokens = 0  # tokens whose KV is written
         self.num_cached_tokens = 0  # prompt tokens taken from the prefix cache when first admitted
         self.num_preemptions = 0
@@ -2194,7 +2195,7 @@ class Sequence:
     @property
     def is_full(self) -> bool:
         """True when its last token is on its way and no further one may follow."""
-        return self.params.max_tokens is not None and self.num_output_tokens >= self.params.max_tokens
+        return len(self.token_ids) >= self.max_num_tokens
 
     def drop_pending(self) -> None:
         """Forget the token that is on its way."""
@@ -2378,8 +2379,12 @@ class Scheduler:
         self._make_room()
         self._admit()
         budget = self.max_num_batched_tokens
-        decoding = [seq for seq in self.running if seq.num_remaining == 1 and not seq.is_full][:budget]
-        prompts = [seq for seq in self.running if seq.num_remaining > 1]
+        decoding, prompts = [], []
+        for seq in self.running:
+            if len(seq.token_ids) - seq.num_computed_tokens > 1:
+                prompts.append(seq)
+            elif not seq.is_full and len(decoding) < budget:
+                decoding.append(seq)
         shares = self._share(prompts, budget - len(decoding))
         chosen = [(seq, 1) for seq in decoding] + [(seq, share) for seq, share in zip(prompts, shares) if share > 0]
         if len(decoding) == budget:  # more decode than budget: whoever ran goes behind those who did not
@@ -2388,21 +2393,22 @@ class Scheduler:
 
     def _make_room(self) -> None:
         """Give each running sequence the block its next token needs, preempting the newest where there is none."""
-        for seq in list(self.running):
-            while seq in self.running and self._lacks_blocks(seq):
+        for seq in list(filter(self._lacks_block, self.running)):
+            while seq in self.running and self._lacks_block(seq):
                 if self.blocks.num_free:
                     self.blocks.grow(seq)
                 else:
                     self._preempt(max(self.running, key=lambda other: other.seq_id))
 
-    def _lacks_blocks(self, seq: Sequence) -> int:
-        return 0 if seq.is_full else max(0, self.blocks.blocks_for(seq.num_tokens) - len(seq.block_table))
+    def _lacks_block(self, seq: Sequence) -> bool:
+        """True when its newest token stands behind its last block."""
+        return len(seq.token_ids) > len(seq.block_table) * self.blocks.block_size and not seq.is_full
 
     def can_look_ahead(self) -> bool:
         """True when the next step needs no token that is pending: nobody can be admitted or must be preempted."""
         if self.waiting and len(self.running) < self.max_num_seqs:
             return False
-        return sum(map(self._lacks_blocks, self.running)) <= self.blocks.num_free
+        return sum(map(self._lacks_block, self.running)) <= self.blocks.num_free
 
     def _preempt(self, seq: Sequence) -> None:
         """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
@@ -2653,7 +2659,7 @@ class CudaRunner:
         """Start a step; its tokens are there once `collect` returns."""
         with self._backend.errors():
             seats = [self._sit(seq) for seq in step.sequences]
-            complete = [seq.num_remaining == count for seq, count in zip(*step)]
+            complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in zip(*step)]
             if all(map(self._can_decode, step.sequences, seats)):
                 self._launch_decode(seats)
                 drawn = range(len(seats))
@@ -2700,7 +2706,7 @@ class CudaRunner:
         penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         seed = np.array([seq.seed], np.uint64).view(np.int32).tolist()  # low word, high word
         top = -1 if p.logprobs is None else p.logprobs
-        ints = (max(p.top_k, 0), top, seq.choice, *seed, len(bias), p.has_penalties)
+        ints = (min(max(p.top_k, 0), (1 << 31) - 1), top, seq.choice, *seed, len(bias), p.has_penalties)
         for name, values in (("ints", ints), ("floats", (p.temperature, p.top_p, p.min_p, *penalties)),
                              ("bias_ids", bias.keys()), ("bias_values", bias.values())):
             self._patches += state.patch(name, seat, values)
@@ -2709,7 +2715,7 @@ class CudaRunner:
 
     @staticmethod
     def _can_decode(seq: Sequence, seat: Seat) -> bool:
-        return seq.num_remaining == 1 and seat.next_position == seq.num_computed_tokens
+        return seat.next_position == seq.num_computed_tokens == len(seq.token_ids) - 1
 
     def _launch_decode(self, seats: list[Seat]) -> None:
         """Replay the smallest graph that holds the sequences; rows behind them are padding."""
@@ -2997,8 +3003,9 @@ class Engine:
             return Step([], [])
         step, now = self.scheduler.schedule(), time.monotonic()
         for seq in step.sequences:
-            timing = self._handles[seq].timing
-            timing.started = timing.started or now
+            if len(seq.token_ids) == seq.num_prompt_tokens:
+                timing = self._handles[seq].timing
+                timing.started = timing.started or now
         return step
 
     def _drop_aborted(self) -> None:
@@ -3024,7 +3031,7 @@ class Engine:
             for seq, count in zip(*step):
                 spans.append((seq.num_computed_tokens, seq.num_computed_tokens + count))
                 seq.num_computed_tokens += count
-                if seq.num_computed_tokens == seq.num_tokens:
+                if seq.num_computed_tokens == len(seq.token_ids):
                     seq.token_ids.append(PENDING)
         return InFlight(step, spans, launched)
 
@@ -3036,7 +3043,7 @@ class Engine:
 
     def _update(self, flight: InFlight, drawn: list[Sampled | None]) -> None:
         """Record what was computed, fill in the tokens, end what has ended."""
-        self._failures = 0
+        self._failures, size = 0, self.blocks.block_size
         self.metrics.steps += 1
         for seq, (start, stop), token in zip(flight.step.sequences, flight.spans, drawn):
             if seq not in self._handles:  # it ended while this step was in flight
@@ -3045,7 +3052,8 @@ class Engine:
                 self.blocks.forget(seq)
                 self._end(seq, "error", EngineError("the model produced logits that are not finite"))
                 continue
-            self.blocks.name_full_blocks(seq, start, stop)
+            if start // size < stop // size:
+                self.blocks.name_full_blocks(seq, start, stop)
             if token is not None:
                 self._put(seq, stop, token)
 

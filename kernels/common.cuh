@@ -8,12 +8,9 @@ constexpr int GROUP = HEADS / KV_HEADS;             // query heads that share on
 constexpr int Q_SIZE = HEADS * HEAD_DIM, KV_SIZE = KV_HEADS * HEAD_DIM;
 static_assert(HIDDEN % 32 == 0 && INTER % 32 == 0 && HEAD_DIM % 32 == 0 && BLOCK_SIZE == 16, "see CudaBackend.why_not");
 
-// The two bf16 values of a 32-bit word as float32, and back (round to nearest even).
+// The two bf16 values of a 32-bit word as float32.
 __device__ __forceinline__ float low_half(unsigned v) { return __uint_as_float(v << 16); }
 __device__ __forceinline__ float high_half(unsigned v) { return __uint_as_float(v & 0xffff0000u); }
-__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
-  return __bfloat16_as_ushort(__float2bfloat16(low)) | (unsigned)__bfloat16_as_ushort(__float2bfloat16(high)) << 16;
-}
 
 // Sum over the four lanes of a quad, the same bits in each.
 __device__ __forceinline__ float quad_sum(float v) {

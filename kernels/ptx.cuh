@@ -3,9 +3,26 @@
 // CUDA_CPU is set when the kernels are compiled for a CPU (tests/cuda_cpu); the twins then stand for the instructions.
 // What a wrapper does on a card is not executed there: change this file only together with a run on a card.
 #pragma once
-#include <cuda_bf16.h>
 
-typedef __nv_bfloat16 bf16;
+// A bfloat16, the upper half of a float32. cuda_bf16.h has one too, but not every machine has cuda_bf16.h.
+#ifdef CUDA_CPU
+typedef cc::bf16 bf16;
+#else
+struct __align__(2) bf16 {
+  unsigned short bits;
+};
+#endif
+
+// Two numbers as bfloat16 (to nearest, ties to even): `low` in the lower half of the word, which is the first in memory.
+__device__ __forceinline__ unsigned pack_bf16(float low, float high) {
+#ifdef CUDA_CPU
+  return cc::pack_bf16(low, high);
+#else
+  unsigned v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(high), "f"(low));
+  return v;
+#endif
+}
 
 // 16 bytes of weights. Read once, so not kept in L1; the next 256 bytes are fetched into L2. A plain load on purpose:
 // the compiler moves read-only loads (.nc, __ldg, const __restrict__) below pdl_wait, and the prefetch is gone.
@@ -65,7 +82,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], unsigned a0, unsigned a1
                                          unsigned b1) {
 #ifdef CUDA_CPU
   const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};
-  cc::mma_m16n8k16<__nv_bfloat16>(d, a, b, d);
+  cc::mma_m16n8k16(d, a, b, d);
 #else
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])

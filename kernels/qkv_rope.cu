@@ -46,15 +46,16 @@ struct QkvRope {
     *(unsigned *)(to + d) = pack_bf16(low0, low1);
     *(unsigned *)(to + d + HEAD_DIM / 2) = pack_bf16(high0, high1);
   }
+  static __device__ void store_pair(bf16 *to, unsigned pair) {
+    *(unsigned short *)to = (unsigned short)pair;
+    *(unsigned short *)(to + BLOCK_SIZE) = (unsigned short)(pair >> 16);
+  }
   // Transposed: the tokens of a block lie side by side.
   __device__ void store_value(int head, int d, const float2 (&y)[2], int slot) const {
     const size_t block = slot / BLOCK_SIZE, offset = slot % BLOCK_SIZE;
     bf16 *to = v_cache + ((block * KV_HEADS + head) * HEAD_DIM + d) * BLOCK_SIZE + offset;
-    to[0] = __float2bfloat16(y[0].x);
-    to[BLOCK_SIZE] = __float2bfloat16(y[0].y);
-    to += HEAD_DIM / 2 * BLOCK_SIZE;
-    to[0] = __float2bfloat16(y[1].x);
-    to[BLOCK_SIZE] = __float2bfloat16(y[1].y);
+    store_pair(to, pack_bf16(y[0].x, y[0].y));
+    store_pair(to + HEAD_DIM / 2 * BLOCK_SIZE, pack_bf16(y[1].x, y[1].y));
   }
 };
 extern __shared__ __align__(16) unsigned char shared[];

@@ -419,7 +419,6 @@ __device__ __forceinline__ void pick(unsigned wanted, int from, int to, int at) 
 
 // Sets the limit and opens the slices whose greatest number is within it.
 __device__ __forceinline__ void set_limit(unsigned limit) {
-  __syncthreads();
   if (threadIdx.x == 0) shared.limit = limit, shared.num_open = 0;
   __syncthreads();
   for (int slice = threadIdx.x; slice < SLICES; slice += THREADS)

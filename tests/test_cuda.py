@@ -1,4 +1,6 @@
 """CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
+import json
+import subprocess
 import sys
 import threading
 
@@ -228,3 +230,11 @@ def test_a_broken_card_answers_its_requests_with_an_error_and_ends_the_process_w
         assert status == 500 and body["error"]["type"] == "server_error"
         assert server.process.wait(20) == 1
         assert "ECC error encountered (last kernel launched: gate_up_fused)" in server.read_log()
+
+
+def test_the_script_for_a_card_runs_all_its_stages(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
+                          capture_output=True, text=True, timeout=600)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: nothing" in done.stdout + done.stderr and "bits" in str(results)

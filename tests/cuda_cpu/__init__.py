@@ -45,7 +45,6 @@ MODES = {
     "init": ["-O0", "-Wno-error"],
 }
 IGNORED_OPTIONS = ("-std=", "--std=", "-fmad=", "-lineinfo")    # for the card's compiler alone
-EMPTY_HEADERS = ["cuda_bf16.h"]                                 # device.h has what the kernels use of them
 
 # In preprocessed text, where macros are gone; see __global__ and __shared__ in device.h.
 KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\(\(visibility\("default"\)\)\)\s+void\s+(\w+)\s*\(')
@@ -100,8 +99,6 @@ def cache_folder():
     """Builds are kept for the next run, in a folder of this user's own."""
     folder = Path(os.environ.get("CUDA_CPU_CACHE") or Path(tempfile.gettempdir()) / f"cuda_cpu_{os.getuid()}")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for name in EMPTY_HEADERS:
-        (folder / name).touch()
     return folder
 
 

@@ -164,31 +164,17 @@ template <class A, class B> using CcCommon =
 template <class A, class B> inline CcCommon<A, B> min(A a, B b) { return b < a ? b : a; }
 template <class A, class B> inline CcCommon<A, B> max(A a, B b) { return a < b ? b : a; }
 
-// ---------------------------------------------------------------- bfloat16: the upper half of a float32
-struct alignas(2) __nv_bfloat16 {
-  unsigned short bits;
-  __nv_bfloat16() = default;
-  __nv_bfloat16(float f) {
-    const unsigned u = cc::bits<unsigned>(f);
-    bits = f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16;  // to nearest, ties to even
-  }
-  operator float() const { return cc::bits<float>((unsigned)bits << 16); }
-};
-struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
-inline float __bfloat162float(__nv_bfloat16 a) { return a; }
-inline __nv_bfloat16 __float2bfloat16(float f) { return f; }
-inline __nv_bfloat16 __float2bfloat16_rn(float f) { return f; }
-inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 a) { return a.bits; }
-inline __nv_bfloat162 __floats2bfloat162_rn(float low, float high) { return {low, high}; }
-inline float2 __bfloat1622float2(__nv_bfloat162 a) { return {a.x, a.y}; }
-
-// ---------------------------------------------------------------- tensor cores, as kernels/ptx.cuh calls them
+// ---------------------------------------------------------------- what kernels/ptx.cuh calls instead of an instruction
 namespace cc {
-template <class T>
-inline void mma_m16n8k16(float *d, const unsigned *a, const unsigned *b, const float *c, CC_SITE) {
-  static_assert(std::is_same_v<T, __nv_bfloat16>);
-  mma(d, a, b, c, site);
+struct alignas(2) bf16 { unsigned short bits; };  // a bfloat16, the upper half of a float32
+
+inline unsigned to_bf16(float f) {
+  const unsigned u = bits<unsigned>(f);
+  return f != f ? 0x7FFF : (u + 0x7FFF + (u >> 16 & 1)) >> 16;  // to nearest, ties to even
 }
+inline unsigned pack_bf16(float low, float high) { return to_bf16(low) | to_bf16(high) << 16; }
+
+inline void mma_m16n8k16(float *d, const unsigned *a, const unsigned *b, const float *c, CC_SITE) { mma(d, a, b, c, site); }
 
 // ---------------------------------------------------------------- how __init__.py calls a kernel
 struct Parameter {
@@ -199,7 +185,7 @@ struct Parameter {
 template <class T> constexpr int kind_of() {
   if (std::is_void_v<T>) return 'v';
   if (std::is_floating_point_v<T>) return 'f';
-  return std::is_integral_v<T> || std::is_same_v<T, __nv_bfloat16> ? 'i' : 's';  // bf16 is uint16 in NumPy
+  return std::is_integral_v<T> || std::is_same_v<T, cc::bf16> ? 'i' : 's';  // bf16 is uint16 in NumPy
 }
 
 template <class T> constexpr Parameter describe() {

@@ -1,5 +1,4 @@
 // selftest -- one kernel for each part of the emulator. tests/test_cuda_cpu.py knows the right answers.
-#include <cuda_bf16.h>
 
 // out (9, 32): a warp's shuffles, one a row.
 extern "C" __global__ void __launch_bounds__(32) shuffles(int *out) {
@@ -37,11 +36,11 @@ extern "C" __global__ void bits(unsigned *out, const unsigned *x, int n) {
 }
 
 // rounded (n,), back (n,): float32 to bfloat16 and back.
-extern "C" __global__ void round_bf16(__nv_bfloat16 *rounded, float *back, const float *x, int n) {
+extern "C" __global__ void round_bf16(cc::bf16 *rounded, float *back, const float *x, int n) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= n) return;
-  rounded[i] = __float2bfloat16(x[i]);
-  back[i] = __bfloat162float(rounded[i]);
+  rounded[i].bits = (unsigned short)cc::pack_bf16(x[i], 0.f);
+  back[i] = __uint_as_float((unsigned)rounded[i].bits << 16);
 }
 
 // out (6, n): what each function makes of x[i] > 0.
@@ -79,7 +78,7 @@ extern "C" __global__ void mma_tiles(float *d, const unsigned *a, const unsigned
   const unsigned column_pairs[2] = {b[g * 8 + t], b[g * 8 + t + 4]};
   float sums[4];
   for (int i = 0; i < 4; i++) sums[i] = c[warp * 128 + (g + i / 2 * 8) * 8 + 2 * t + i % 2];
-  cc::mma_m16n8k16<__nv_bfloat16>(sums, row_pairs, column_pairs, sums);
+  cc::mma_m16n8k16(sums, row_pairs, column_pairs, sums);
   for (int i = 0; i < 4; i++) d[warp * 128 + (g + i / 2 * 8) * 8 + 2 * t + i % 2] = sums[i];
 }
 
