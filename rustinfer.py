@@ -1574,8 +1574,8 @@ class CudaBackend(ArrayBackend):
     BLOCK_SIZE, RING, RECORD = 16, 4, 44  # as in the kernels
     MAX_GROUP, MAX_HEAD_DIM, CHUNK = 16, 128, 128  # query heads a KV head; keys of one partial result of attention
     FUSED_ROWS, STREAM_ROWS = 4, 16  # rows up to which a product computes the norm itself, and streams its weights
-    TILES = ((32, 32, 64, 128, 75264), (256, 64, 64, 128, 83200), (math.inf, 128, 128, 256, 99072))
     # of linear_tiled: rows up to which it is taken, rows and weight rows of a block, its threads and shared bytes
+    TILES = ((32, 32, 64, 128, 75264), (256, 64, 64, 128, 83200), (math.inf, 128, 128, 256, 99072))
     DEFAULT_BATCHED_TOKENS = 2048
     FILES = ("patch_state", "embedding", "rms_norm", "qkv_rope", "attention", "gate_up", "lm_head", "sample")
 
@@ -1599,7 +1599,8 @@ class CudaBackend(ArrayBackend):
             (folder is None or not (folder / "ptx.cuh").is_file(), "there is no folder kernels/ beside rustinfer.py"),
             (capability < 80, f"compute capability is {capability / 10}; the kernels need 8.0"),
             (config.block_size != cls.BLOCK_SIZE, f"--block-size is {config.block_size}; the kernels need 16"),
-            (model.hidden_size % 32 or model.intermediate_size % 32 or model.head_dim % 32 or model.head_dim > 128,
+            (model.hidden_size % 32 or model.intermediate_size % 32 or model.head_dim % 32
+             or model.head_dim > cls.MAX_HEAD_DIM,
              f"hidden_size {model.hidden_size}, intermediate_size {model.intermediate_size} and head_dim "
              f"{model.head_dim} must be multiples of 32, head_dim at most 128"),
             (model.group_size > cls.MAX_GROUP, f"{model.group_size} query heads share a KV head; at most 16 may"),
@@ -1632,6 +1633,7 @@ class CudaBackend(ArrayBackend):
         with contextlib.suppress(Exception):  # a lost card cannot be waited for
             self.stream.synchronize()
         self._upload = self.buffers = self.state = self.cos_sin = self._modules = self._kernels = None
+        self._ring = self.records = None
         super().close()
 
     # -- before the first step
@@ -1661,8 +1663,8 @@ class CudaBackend(ArrayBackend):
     def _compile_one(self, name: str, dims: dict[str, Any]) -> Any:
         """-fmad=false: where a multiplication and an addition become one is written down (fmaf), not the compiler's."""
         source = (self.folder / f"{name}.cu").read_text(encoding="utf-8")
-        options = ("-std=c++17", "-fmad=false", f"-I{self.folder}", *(f"-D{key}={value}" for key, value in dims.items()))
-        module = self.xp.RawModule(code=source, options=options)
+        macros = (f"-D{key}={value}" for key, value in dims.items())
+        module = self.xp.RawModule(code=source, options=("-std=c++17", "-fmad=false", f"-I{self.folder}", *macros))
         module.compile()  # or CuPy would leave it to the first launch
         return module
 
@@ -1713,7 +1715,7 @@ class CudaBackend(ArrayBackend):
         except self.xp.cuda.memory.OutOfMemoryError as error:
             raise SettingsError(f"the card's memory is not enough: {error}; lower --max-num-seqs, "
                                 "--max-num-batched-tokens or --max-model-len, or take a smaller model") from error
-        except SettingsError:
+        except (SettingsError, CheckpointError):
             raise
         except Exception as error:  # CuPy's errors share no base
             raise DeviceError(f"{type(error).__name__}: {error} (last kernel launched: {self.last_kernel})") from error
@@ -1734,9 +1736,11 @@ class CudaBackend(ArrayBackend):
         plain = [arg if isinstance(arg, np.generic) else np.uint64(arg.data.ptr) for arg in args]
         self._launcher.launch(kernel.kernel.ptr, grid, (block,), plain, shared, self.stream.ptr)
 
-    def _linear(self, module: str, op: str, tokens: int, units: int, tiles: int, args: Seq[Any], *,
-                split: tuple = ()) -> None:
-        """Launch a product on rows that are bf16 already: linear_stream for few rows, else linear_tiled."""
+    def _linear(self, module: str, op: str, tokens: int, units: int, tiles: int, args: Seq[Any]) -> None:
+        """Launch a product on rows that are bf16 already: linear_stream for few rows, else linear_tiled.
+
+        The weight's rows come in `units` of as many n8 `tiles`; where blocks are few, four share the work of one.
+        """
         if tokens <= self.STREAM_ROWS:
             self._launch(module, f"{op}_stream", (units,), 128, *args, tokens)
             return
@@ -1787,7 +1791,7 @@ class CudaBackend(ArrayBackend):
                          b.partials, b.attention_tickets, max_chunks, c.head_dim**-0.5)
         if step.num_tiles:
             self._launch("attention", "attention_prefill", (step.num_tiles, c.num_kv_heads), 256, *args, step.tiles,
-                         c.head_dim**-0.5)
+                         c.head_dim**-0.5, shared=512 * c.head_dim)
         return b.attended
 
     def add_linear(self, x: Any, y: Any, weight: Any, bias: Any) -> Any:

@@ -8,7 +8,7 @@
 //                              max_chunks, H / K, D + 2) float32, max_chunks > positions[t] / 128; tickets (T, K)
 //                              uint32, 0 before and after
 //           attention_prefill  tiles (n,) int2: first token and number of tokens, 1 to 8 * TOKENS, of one sequence at
-//                              consecutive positions: grid (n, K), block 256
+//                              consecutive positions: grid (n, K), block 256, shared 512 * D bytes
 // bytes     4*K*D a key, once a sequence (decode) or once a tile, mostly from L2 (prefill)
 // numerics  float32, but weights meet V in bf16. Chunks of 128 keys, each with two steps of online softmax, are merged
 //           in rising order, in both kernels: a query's bits depend on nothing but its own keys
@@ -22,8 +22,6 @@ constexpr int PARTS = HEAD_DIM / 32;     // of a key or value: k32 blocks of Q K
 constexpr int PIECES = SPANS * PARTS;    // of a chunk's keys, and of its values: four 16-byte loads a lane
 constexpr int TOKENS = 16 / GROUP;       // of a warp in attention_prefill
 constexpr int DECODE_WARPS = 4, PREFILL_WARPS = 8;
-constexpr int O_TILES = HEAD_DIM / 8;    // n8 tiles of a row of P V
-constexpr int SHARED_TILES = O_TILES < 12 ? O_TILES : 12; // of a total: what 48 KiB hold
 constexpr int PARTIAL = HEAD_DIM + 2;    // floats of a row's partial result: o, m, l
 constexpr float LOG2_E = 1.44269504f;
 constexpr float NEVER = -1e30f;          // the score of a key that a row does not see; finite: no NaN comes of it
@@ -177,7 +175,7 @@ template <int HALVES> __device__ __forceinline__ void rescale(float (&o)[4][4], 
 template <bool EDGE, int HALVES, class Sink>
 __device__ __forceinline__ void attend_chunk(Sink &sink, const Queries<HALVES> &queries, const Context &context,
                                              int chunk, int chunk_block, float scale_log2) {
-  constexpr int AHEAD = HALVES == 1 ? 7 : 2; // pieces on their way while one is used: as many as registers allow
+  constexpr int AHEAD = HALVES == 1 ? 7 : 3; // pieces on their way while one is used: as many as registers allow
   Piece pieces[2 * PIECES];
   auto load = [&](int n) {
     if (n < PIECES) load_keys(pieces[n], context, chunk_block, n);
@@ -261,20 +259,18 @@ template <int HALVES> struct PartialRows {
   }
 };
 
-// The sum over the chunks so far. Most of o lies in shared memory, each lane's own: there are no registers for it.
-typedef float4 SharedTiles[SHARED_TILES][PREFILL_WARPS * 32];
+// The sum over the chunks so far. o lies in shared memory, each lane's own: at D = 128 there are no registers for it.
 struct Totals {
-  SharedTiles &shared;
-  float4 others[O_TILES > SHARED_TILES ? O_TILES - SHARED_TILES : 1];
+  float4 *o;
   float m[2] = {NEVER, NEVER}, l[2] = {};
   float2 factors[2];
   bool sees[2]; // a key of the chunk; a chunk of which a row sees nothing leaves its total as it is, to the bit
 
-  __device__ explicit Totals(SharedTiles &shared) : shared(shared) {
+  __device__ explicit Totals(float4 *o) : o(o) {
 #pragma unroll
-    for (int i = 0; i < O_TILES; i++) tile(i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int i = 0; i < PARTS * 4; i++) tile(i) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
   }
-  __device__ float4 &tile(int i) { return i < SHARED_TILES ? shared[i][threadIdx.x] : others[i - SHARED_TILES]; }
+  __device__ float4 &tile(int i) const { return o[i * PREFILL_WARPS * 32]; }
   __device__ void begin(const float (&chunk_m)[2], const float (&chunk_l)[2]) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -292,7 +288,7 @@ struct Totals {
       tile(4 * part + j) = x;
     }
   }
-  __device__ void store(bf16 *out, int rows) {
+  __device__ void store(bf16 *out, int rows) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const float upper = 1.0f / l[0], lower = 1.0f / l[1];
     unsigned *to[2];
@@ -300,7 +296,7 @@ struct Totals {
     for (int h = 0; h < 2; h++)
       to[h] = (unsigned *)(out + (size_t)((g + 8 * h) / GROUP) * Q_SIZE + (g + 8 * h) % GROUP * HEAD_DIM) + t;
 #pragma unroll
-    for (int i = 0; i < O_TILES; i++) {
+    for (int i = 0; i < PARTS * 4; i++) {
       const float4 x = tile(i);
       if (g < rows) to[0][4 * i] = pack_bf16(__fmul_rn(x.x, upper), __fmul_rn(x.y, upper));
       if (g + 8 < rows) to[1][4 * i] = pack_bf16(__fmul_rn(x.z, lower), __fmul_rn(x.w, lower));
@@ -365,10 +361,11 @@ attention_decode(bf16 *out, const bf16 *q, const bf16 *k_cache, const bf16 *v_ca
   merge_partials(out, partials, chunks);
 }
 
+extern __shared__ float4 shared[];
+
 extern "C" __global__ void __launch_bounds__(PREFILL_WARPS * 32)
 attention_prefill(bf16 *out, const bf16 *q, const bf16 *k_cache, const bf16 *v_cache, const int *positions,
                   const int *seats, const int *block_tables, int max_blocks, const int2 *tiles, float scale) {
-  __shared__ SharedTiles shared;
   pdl_launch();
   pdl_wait();
   const int kv_head = blockIdx.y, before = threadIdx.x / 32 * TOKENS;
@@ -380,7 +377,7 @@ attention_prefill(bf16 *out, const bf16 *q, const bf16 *k_cache, const bf16 *v_c
 
   const Queries<2> queries(q + at, tokens * GROUP, first);
   const Context context(k_cache, v_cache, block_tables + (size_t)seat * max_blocks, kv_head, first, last);
-  Totals totals(shared);
+  Totals totals(shared + threadIdx.x);
 #pragma unroll 1
   for (int chunk = 0; chunk * CHUNK <= last; chunk++) {
 #pragma unroll

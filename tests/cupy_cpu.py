@@ -16,6 +16,7 @@ import numpy as np
 float32, float64, uint64, int64, inf = np.float32, np.float64, np.uint64, np.int64, np.inf
 FAULTS: dict[str, Exception] = {}  # kernel name -> what its launch raises
 MEMORY = [8 << 30]  # bytes that the card has
+MODE = ["fast"]  # of cuda_cpu: "check" also finds races and what reads or writes beyond an array
 _allocated = [0]
 _pinned: list[np.ndarray] = []
 
@@ -151,7 +152,7 @@ class Device:
 
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...]):
-        self._module = cuda_cpu.RawModule(code=code, options=options)
+        self._module = cuda_cpu.RawModule(code=code, options=options, mode=MODE[0])
 
     def compile(self) -> None:
         pass

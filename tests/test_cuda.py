@@ -1,5 +1,6 @@
 """CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -105,6 +106,14 @@ def test_together_equals_alone(open_llm, alone, options):
     assert answers(llm) == alone and llm.engine.snapshot()["cached_tokens"] > 100
 
 
+def test_no_kernel_reads_or_writes_beyond_what_the_host_gives_it(open_llm, alone, monkeypatch):
+    monkeypatch.setattr(cupy_cpu, "MODE", ["check"])
+    llm = open_llm(max_num_batched_tokens=80, max_num_seqs=2, enforce_eager=True)  # padding rows race, harmlessly
+    numbers = (3, 5)
+    handles = [llm.engine.submit(*requests()[number]) for number in numbers]
+    assert [answer_of(handle) for handle in handles] == [alone[number] for number in numbers]
+
+
 def test_a_piece_of_a_prompt_may_end_one_token_before_it(open_llm):
     prompt, params = list(range(65)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1, temperature=0)
     whole, pieces = (answer_of(open_llm(max_num_batched_tokens=budget).engine.submit(prompt, params))
@@ -156,6 +165,14 @@ def test_too_little_memory_is_an_error_that_says_what_to_change(open_llm, monkey
     monkeypatch.setattr(cupy_cpu, "MEMORY", [100_000])
     with pytest.raises(SettingsError, match="card's memory is not enough.*lower --max-num-seqs"):
         open_llm()
+
+
+def test_a_checkpoint_that_is_not_whole_is_still_told_as_such(open_llm, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": 3}))
+    with pytest.raises(rustinfer.CheckpointError, match="layers.2.* is missing"):
+        open_llm(tmp_path / "model")
 
 
 def test_cache_takes_what_the_card_has_left(open_llm):
@@ -233,8 +250,8 @@ def test_a_broken_card_answers_its_requests_with_an_error_and_ends_the_process_w
 
 
 def test_the_script_for_a_card_runs_all_its_stages(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)],
-                          capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(ROOT / "tests" / "bench" / "gpu.py"), "--dry-run", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     results = json.loads((tmp_path / "results.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "failed: nothing" in done.stdout + done.stderr and "bits" in str(results)

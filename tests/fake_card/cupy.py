@@ -1,8 +1,8 @@
-"""`import cupy` for a server process on a machine without a card; CUPY_CPU_FAULT=KERNEL:N breaks a kernel's Nth launch."""
+"""`import cupy` for a server process without a card; CUPY_CPU_FAULT=KERNEL:N breaks a kernel from its Nth launch on."""
 import os
 
 import cupy_cpu
-from cupy_cpu import *  # noqa: F403
+from cupy_cpu import *  # noqa: F401, F403
 from cupy_cpu import RawKernel
 
 _launch, _count = RawKernel.__call__, [0]
