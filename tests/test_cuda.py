@@ -121,6 +121,19 @@ def test_a_piece_of_a_prompt_may_end_one_token_before_it(open_llm):
     assert whole == pieces
 
 
+def test_unrelated_traffic_and_aborts_change_nothing(open_llm, alone):
+    llm, rng, noise, handles = open_llm(max_num_batched_tokens=48), np.random.default_rng(5), [], []
+    for request in requests() * 2:
+        handles.append(llm.engine.submit(*request))
+        prompt = rng.integers(0, 331, rng.integers(1, 60)).tolist()
+        noise.append(llm.engine.submit(prompt, SamplingParams(max_tokens=50, frequency_penalty=1.0)))
+        noise[rng.integers(len(noise))].abort()
+    assert [answer_of(handle) for handle in handles] == alone * 2
+    for handle in noise:
+        handle.abort()
+    assert llm.engine.dead is None
+
+
 def test_preempted_sequences_resume_with_the_same_bits(open_llm):
     params = SamplingParams(max_tokens=40, ignore_eos=True, seed=3, logprobs=2, presence_penalty=1.0)
     with_room = answer_of(open_llm().engine.submit(list(range(14)), params))
