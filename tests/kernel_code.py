@@ -127,14 +127,14 @@ def wheel_file(pattern: str) -> str:
     return str(path)
 
 
-def need_compiler() -> None:
+def need_wheels(*patterns: str) -> None:
     """Skips the test where the wheels are not to be had; where all tools are promised it fails instead."""
     import pytest
 
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        pytest.skip("setup.cfg installs NVIDIA's compiler on Linux x86-64 only")
+        pytest.skip("setup.cfg installs NVIDIA's wheels on Linux x86-64 only")
     try:
-        wheel_file("bin/nvdisasm"), wheel_file("lib/libnvrtc.so.*")
+        [wheel_file(pattern) for pattern in patterns]
     except FileNotFoundError as missing:
         pytest.fail(str(missing)) if os.environ.get("RUSTINFER_TEST_ALL") == "1" else pytest.skip(str(missing))
 

@@ -39,7 +39,7 @@ def for_builds(builds: list[Build]):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiler():
-    kernel_code.need_compiler()
+    kernel_code.need_wheels("lib/libnvrtc.so.*", "bin/nvdisasm")
 
 
 def make_module(build: Build) -> kernel_code.Module:

@@ -45,7 +45,7 @@ class FakeCuda:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    kernel_code.need_compiler()  # for cuda.h
+    kernel_code.need_wheels("include/cuda.h")
     path = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
     headers = Path(kernel_code.wheel_file("include/cuda.h")).parent
     source = Path(__file__).with_name("fake_cuda.c")
