@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import types
+import weakref
 from collections import deque
 
 import cuda_cpu
@@ -18,6 +19,8 @@ FAULTS: dict[str, Exception] = {}  # kernel name -> what its launch raises
 MEMORY = [8 << 30]  # bytes that the card has
 MODE = ["fast"]  # of cuda_cpu: "check" also finds races and what reads or writes beyond an array
 _allocated = [0]
+_owners: list[weakref.ref] = []  # of the memory that `zeros` gave out
+_functions: dict[int, RawKernel] = {}  # by the handle that a driver would know
 _pinned: list[np.ndarray] = []
 
 
@@ -37,14 +40,20 @@ class DeviceArray(np.ndarray):
         kept = source if is_pinned else source.copy()
         stream.add(lambda: np.copyto(self, kept))
 
+    @property
+    def data(self) -> types.SimpleNamespace:
+        return types.SimpleNamespace(ptr=self.ctypes.data)
+
 
 def zeros(shape, dtype=np.float32) -> DeviceArray:
     if any(stream.capturing is not None for stream in Stream.all):
         raise RuntimeError("an allocation while a stream captures")
-    array = np.zeros(shape, dtype).view(DeviceArray)
+    owner = np.zeros(shape, dtype)
+    array = owner.view(DeviceArray)
     if _allocated[0] + array.nbytes > MEMORY[0]:
         raise OutOfMemoryError(f"Out of memory allocating {array.nbytes} bytes")
     _allocated[0] += array.nbytes
+    _owners[:] = [known for known in _owners if known() is not None] + [weakref.ref(owner)]
     return array
 
 
@@ -71,6 +80,7 @@ class Stream:
 
     def __init__(self, non_blocking: bool = False):
         self.work: deque = deque()
+        self.ptr = id(self)
         self.capturing: list | None = None
         self.num_added = self.num_done = 0
         Stream.all.append(self)
@@ -164,7 +174,8 @@ class RawModule:
 class RawKernel:
     def __init__(self, module: cuda_cpu.RawModule, name: str):
         self._module, self._name, self._kernel = module, name, module.get_function(name)
-        self.attributes = {}
+        self.kernel = types.SimpleNamespace(ptr=len(_functions) + 1)
+        _functions[self.kernel.ptr] = self
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -184,6 +195,32 @@ class RawKernel:
         is_null = lambda arg: isinstance(arg, np.uint64) and arg == 0
         plain = [np.asarray(arg) if isinstance(arg, DeviceArray) else None if is_null(arg) else arg for arg in args]
         Stream.current.add(lambda: self._kernel(grid, block, plain, shared_mem=shared_mem))
+
+    def launch_by_address(self, grid, block, args, shared_mem: int) -> None:
+        """As the driver launches: every pointer is a number."""
+        if not all(isinstance(arg, np.generic) for arg in args):
+            raise TypeError(f"{self._name}: the driver takes scalars and addresses")
+
+        def run() -> None:
+            self._module.buffers[:] = [*_pinned, *owners]
+            is_null = lambda arg: isinstance(arg, np.uint64) and arg == 0
+            self._kernel(grid, block, [None if is_null(arg) else arg for arg in args], shared_mem=shared_mem)
+
+        # Kept until the launch has run, as CuPy's pool keeps what is freed for later work of the same stream.
+        owners = [owner for known in _owners if (owner := known()) is not None and owner.size]
+        Stream.current.add(run)
+
+
+class Launcher:
+    """Takes the place of rustinfer.KernelLauncher, with the kernels above in place of a driver."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def launch(self, function: int, grid, block, args, shared_bytes: int, stream: int) -> None:
+        if stream != Stream.current.ptr:
+            raise ValueError("a launch on another stream than the current one")
+        _functions[function].launch_by_address(grid, block, args, shared_bytes)
 
 
 def alloc_pinned_memory(size: int):

@@ -114,6 +114,15 @@ def test_no_kernel_reads_or_writes_beyond_what_the_host_gives_it(open_llm, alone
     assert [answer_of(handle) for handle in handles] == [alone[number] for number in numbers]
 
 
+@pytest.mark.parametrize("options", [{}, dict(enforce_eager=True), dict(no_pdl=True)], ids=["graphs", "eager", "off"])
+def test_programmatic_launches_change_no_answer(open_llm, alone, monkeypatch, options):
+    monkeypatch.setattr(cupy_cpu.Device, "compute_capability", "90")
+    monkeypatch.setattr(rustinfer, "KernelLauncher", cupy_cpu.Launcher)
+    llm = open_llm(**options)
+    assert ("programmatic launch" in llm.backend_name) == ("no_pdl" not in options)
+    assert answers(llm) == alone
+
+
 def test_a_piece_of_a_prompt_may_end_one_token_before_it(open_llm):
     prompt, params = list(range(65)), SamplingParams(max_tokens=5, ignore_eos=True, logprobs=1, temperature=0)
     whole, pieces = (answer_of(open_llm(max_num_batched_tokens=budget).engine.submit(prompt, params))
