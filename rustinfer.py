@@ -2956,7 +2956,7 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
         with self._lock:  # one closer at a time
-            self._runner = None  # graphs hold on to what they were captured with
+            self._runner = self._in_flight = None  # graphs hold on to what they were captured with
             with self.model.backend.on_device():
                 self.model.close()
 
