@@ -1533,23 +1533,23 @@ class SeatState:
     A running sequence sits on a seat; the last seat is for the padding rows of captured steps.
     """
 
-    MAX_BIAS = 300  # logit_bias entries, as in sample.cu
-
     def __init__(self, xp: Any, num_seats: int, max_blocks: int):
-        self.num_seats, self.max_blocks = num_seats, max_blocks
+        self.num_seats, max_bias = num_seats, SamplingParams.MAX_LOGIT_BIAS
         shapes = dict(last_token=(num_seats,), next_position=(num_seats,), row_seats=(num_seats,),
                       block_tables=(num_seats, max_blocks), ints=(num_seats, 8), floats=(num_seats, 8),
-                      bias_ids=(num_seats, self.MAX_BIAS), bias_values=(num_seats, self.MAX_BIAS))
+                      bias_ids=(num_seats, max_bias), bias_values=(num_seats, max_bias))
         self._places, size = {}, 0
         for name, shape in shapes.items():
             self._places[name] = (size, shape)
             size += -(-math.prod(shape) // 4) * 4  # 16-byte aligned
         self.array = xp.zeros((size,), np.int32)
+        self._parts = {  # made once: a step asks for some of them in every layer
+            name: self.array[start : start + math.prod(shape)].reshape(shape).view(self._kind(name))
+            for name, (start, shape) in self._places.items()}
 
     def part(self, name: str) -> Any:
         """The named part, as a view."""
-        start, shape = self._places[name]
-        return self.array[start : start + math.prod(shape)].reshape(shape).view(self._kind(name))
+        return self._parts[name]
 
     @staticmethod
     def _kind(name: str) -> Any:

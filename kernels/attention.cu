@@ -322,17 +322,6 @@ __device__ __forceinline__ void merge_partials(bf16 *out, const float *partials,
   }
 }
 
-// True in all threads of the last of `blocks` blocks to come here, which then sees what all of them wrote.
-__device__ __forceinline__ bool is_last_block(unsigned *ticket, int blocks) {
-  __shared__ bool last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) last = atomicInc(ticket, blocks - 1) == blocks - 1;
-  __syncthreads();
-  if (last) __threadfence();
-  return last;
-}
-
 extern "C" __global__ void __launch_bounds__(DECODE_WARPS * 32)
 attention_decode(bf16 *out, const bf16 *q, const bf16 *k_cache, const bf16 *v_cache, const int *positions,
                  const int *seats, const int *block_tables, int max_blocks, float *partials, unsigned *tickets,

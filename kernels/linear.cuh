@@ -384,19 +384,13 @@ template <class Tile>
 __device__ __forceinline__ bool add_splits(float (&total)[Tile::M16][Tile::N8][4], float4 *partials, unsigned *ticket,
                                            int id) {
   constexpr int COUNT = Tile::M16 * Tile::N8, QUARTER = COUNT * Tile::THREADS;
-  __shared__ bool is_last;
   float4 *const tile = partials + (size_t)id * 4 * QUARTER + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
     const float(&s)[4] = total[i / Tile::N8][i % Tile::N8];
     tile[blockIdx.z * QUARTER + i * Tile::THREADS] = {s[0], s[1], s[2], s[3]};
   }
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicInc(ticket, 3) == 3;
-  __syncthreads();
-  if (!is_last) return false;
-  __threadfence();
+  if (!is_last_block(ticket, 4)) return false;
 #pragma unroll
   for (int i = 0; i < COUNT; i++) {
     float(&s)[4] = total[i / Tile::N8][i % Tile::N8];
