@@ -23,7 +23,7 @@ Life of a request
 
 Sections, each using only the ones above it
   Errors, Settings
-  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, Model, Sampler
+  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, CPU, Model, Sampler
   II.  many requests at once:        KV cache, Scheduler, Metrics, Runner, Engine
   III. the wire:                     API, LLM, Server, CLI
 
@@ -33,6 +33,7 @@ F intermediate_size (or any output width), V vocab, L layers, N blocks, S block 
 from __future__ import annotations
 
 import argparse
+import atexit
 import codecs
 import contextlib
 import ctypes
@@ -49,16 +50,20 @@ import json
 import logging
 import logging.handlers
 import math
+import mmap
 import os
 import queue
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import socketserver
 import struct
+import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.parse
@@ -286,6 +291,11 @@ SETTINGS = (
     Setting("kv_cache_memory", None, parse_bytes, "KV cache size, such as 4GiB (default: from free memory)", "BYTES"),
     Setting("gpu_memory_utilization", 0.9, number(0.05, 1.0), "part of the card's memory to use", "PART"),
     Setting("no_prefix_caching", False, parse_switch, "never reuse the KV blocks of an equal prompt beginning", ""),
+    Setting("cpu_kernels", "auto", one_of("auto", "off"), "auto compiles the C kernels at first use; off is NumPy",
+            "MODE"),
+    Setting("weights", "mmap", one_of("mmap", "copy"), "C kernels read the mapped file, or a copy in huge pages",
+            "MODE"),
+    Setting("threads", None, whole(1, 1024), "threads for arithmetic on the CPU (default: its physical cores)"),
     Setting("no_batch_invariant", False, parse_switch, "faster products whose last bits may depend on the batch", ""),
     Setting("enforce_eager", False, parse_switch, "launch CUDA kernels one by one instead of captured graphs", ""),
     Setting("no_pdl", False, parse_switch, "no programmatic dependent launch (compute capability 9.0 and later)", ""),
@@ -319,6 +329,9 @@ class EngineConfig:
     kv_cache_memory: int | None = None  # bytes
     gpu_memory_utilization: float = 0.9
     no_prefix_caching: bool = False
+    cpu_kernels: str = "auto"
+    weights: str = "mmap"
+    threads: int | None = None
     no_batch_invariant: bool = False
     enforce_eager: bool = False
     no_pdl: bool = False
@@ -1253,7 +1266,15 @@ class ArrayBackend:
         return all(bool((product(self.xp.roll(x, shift, 0)) == self.xp.roll(expected, shift, 0)).all())
                    for shift in range(1, rows))
 
-    # -- the ops of a layer, which kernels replace
+    # -- a step's ops, which kernels replace
+
+    def run_layers(self, x: Any, layers: Seq[Layer], kv_cache: Any, step: DeviceBatch) -> Any:
+        """All decoder layers: x (T, C) -> (T, C); kv_cache (2, L, N, ...) gets the new tokens' keys and values."""
+        for layer, layer_cache in zip(layers, kv_cache.swapaxes(0, 1)):
+            q = self.qkv_rope(x, layer, layer_cache, step)
+            x = self.add_linear(x, self.attention(q, layer_cache, step), layer.output, layer.output_bias)
+            x = self.add_linear(x, self.gate_up(x, layer), layer.down, layer.down_bias)
+        return x
 
     def embedding(self, step: DeviceBatch, table: Any) -> Any:
         """The residual stream's beginning: table (V, C) -> x (T, C)."""
@@ -1901,23 +1922,414 @@ def find_card(wanted: str) -> tuple[Any, str]:
     return None, f"no card: {reason}"
 
 
+def pick_card_backend(config: EngineConfig, model: ModelConfig, device: Any, reason: str) -> tuple[ArrayBackend, str]:
+    """The backend for a card, and in words why it was chosen."""
+    import cupy
+
+    device.use()
+    folder = find_data("kernels")
+    refusal = CudaBackend.why_not(cupy, config, model, folder)
+    if refusal is None:
+        return CudaBackend(cupy, config, folder), reason
+    return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), f"{reason}; no kernels: {refusal}"
+
+
+# ==============================================================================
+# CPU -- the backend whose ops are C: kernels/*.c, compiled at first use by the system's compiler
+# uses: Errors, Settings, Checkpoint, Backend, CUDA
+# ==============================================================================
+
+
+def c_struct(name: str, **kinds: Any) -> type[ctypes.Structure]:
+    """A struct as in kernels/*.h: keywords are fields, None stands for an int64 or an address."""
+    return type(name, (ctypes.Structure,), {
+        "_fields_": [(field, ctypes.c_int64 if kind is None else kind) for field, kind in kinds.items()]})
+
+
+def words(names: str) -> dict[str, None]:
+    return dict.fromkeys(names.split())
+
+
+CWeight = c_struct("Weight", **words("data rows columns format"))
+CStack = c_struct("Stack", **words("weights num_weights bias"))
+CModel = c_struct("Model", **words("hidden_size intermediate_size num_heads num_kv_heads head_dim block_size"),
+                  rms_norm_eps=ctypes.c_double, **words("cos sin"))
+CLayer = c_struct("Layer", **words("attention_norm mlp_norm"), qkv=CStack, output=CStack, gate_up=CStack, down=CStack)
+CBuffers = c_struct("Buffers", **words("normed qkv q attended gate_up h"))
+CAttention = c_struct("AttentionShape", **words("num_sequences max_blocks num_heads num_kv_heads head_dim block_size "
+                                                "cu_seqlens_q positions block_tables"))
+CStep = c_struct("Step", **words("num_tokens positions slot_mapping"), attention=CAttention)
+CLayers = c_struct("Layers", **words("x layers num_layers keys values layer_stride model step buffers"))
+CEmbedding = c_struct("Embedding", x=None, table=CWeight, **words("input_ids num_tokens"))
+CHead = c_struct("Head", **words("logits normed x rows num_rows norm"), head=CStack, model=None)
+
+
+class KernelError(RustinferError):
+    """The CPU kernels cannot be built, loaded or trusted on this machine; NumPy does the work then."""
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may keep busy: no more than its affinity and its container's quota allow."""
+    limits = [psutil.cpu_count(logical=False) or os.cpu_count() or 1]
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError, ValueError):  # "max 100000" is no limit
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        limits.append(-(-int(quota) // int(period)))
+    return max(1, min(limits))
+
+
+class KernelCompiler:
+    """Compiles kernels/*.c into a shared library, once for a state of sources, compiler and CPU."""
+
+    # -ffp-contract=off: what is fused is spelled out (fma_vec), so that every sum has one result
+    FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
+    TIMEOUT = 300  # seconds
+
+    def __init__(self, folder: Path):
+        self._sources = sorted(folder.glob("*.c"))
+        headers = sorted(folder.glob("*.h"))
+        if not self._sources:
+            raise KernelError(f"{folder} has no C files")
+        wanted = os.environ.get("CC", "")
+        self.compiler = next(filter(None, map(shutil.which, [wanted] if wanted else ("cc", "gcc", "clang"))), None)
+        if self.compiler is None:
+            raise KernelError(f"there is no C compiler ({f'CC={wanted}' if wanted else 'cc, gcc or clang'})")
+        self._native, self.macros = self._find_native()
+        sources = b"".join(path.read_bytes() for path in self._sources + headers)
+        recipe = " ".join((self.compiler, *self.FLAGS, self._native))
+        self._key = hashlib.sha256(b"\0".join((sources, recipe.encode(), self.macros.encode()))).hexdigest()[:32]
+
+    def _run(self, *arguments: str) -> str:
+        try:
+            done = subprocess.run([self.compiler, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                                  timeout=self.TIMEOUT)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            raise KernelError(f"{self.compiler}: {shorten(str(error))}") from None
+        if done.returncode:
+            raise KernelError(f"{self.compiler} failed: {shorten(done.stderr.strip() or str(done.returncode), 400)}")
+        return done.stdout
+
+    def _find_native(self) -> tuple[str, str]:
+        """The flag for this very CPU, and the macros that it sets: they name the compiler and the instructions."""
+        error = None
+        for flag in ("-march=native", "-mcpu=native"):
+            try:
+                return flag, self._run(flag, "-dM", "-E", "-x", "c", os.devnull)
+            except KernelError as failed:
+                error = error or failed
+        raise error
+
+    @property
+    def description(self) -> str:
+        """Such as "gcc 12.2, AVX2"."""
+        macro = dict(re.findall(r"^#define (\w+) (.+)$", self.macros, re.MULTILINE))
+        keys = ("__clang_major__", "__clang_minor__") if "__clang__" in macro else ("__GNUC__", "__GNUC_MINOR__")
+        version = f"{'clang' if '__clang__' in macro else 'gcc'} {'.'.join(macro[key] for key in keys)}"
+        names = {"__AMX_BF16__": "AMX", "__AVX512F__": "AVX-512", "__AVX2__": "AVX2", "__ARM_NEON": "NEON"}
+        return f"{version}, {next((name for key, name in names.items() if key in macro), 'no vectors')}"
+
+    def library(self) -> Path:
+        """The path of the library, compiled unless an earlier start left it."""
+        folder = self._cache_folder()
+        path = folder / f"kernels-{self._key}.so"
+        if not path.is_file():
+            log.info("compiling the CPU kernels with %s", self.compiler)
+            partial = folder / f"{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            try:
+                self._run(*self.FLAGS, self._native, *map(str, self._sources), "-o", str(partial), "-lm")
+                os.replace(partial, path)  # whole or not at all, whoever else compiles now
+            finally:
+                partial.unlink(missing_ok=True)
+        return path
+
+    @staticmethod
+    def _cache_folder() -> Path:
+        """A folder that is ours alone: code is loaded from it. Without a home, one for this process."""
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = root / "rustinfer"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            found = folder.stat()
+            if os.access(folder, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
+                return folder
+        except (OSError, RuntimeError):
+            pass
+        scratch = tempfile.TemporaryDirectory(prefix="rustinfer-")
+        atexit.register(scratch.cleanup)
+        return Path(scratch.name)
+
+
+def open_kernels(path: Path) -> ctypes.CDLL:
+    """The library with the types of what we call."""
+    address, number = ctypes.c_void_p, ctypes.c_int64
+    try:
+        kernels = ctypes.CDLL(str(path))
+        kernels.team_create.restype = address
+        kernels.team_free.argtypes = kernels.team_size.argtypes = (address,)
+        for name in ("run_embedding", "run_layers", "run_lm_head"):
+            getattr(kernels, name).argtypes = (address, address)
+        kernels.sample_rows.argtypes = (address, address, address, number, number, address, address)
+    except (OSError, AttributeError) as error:
+        raise KernelError(f"{path}: {shorten(str(error))}") from None
+    return kernels
+
+
+class CpuWeight(NamedTuple):
+    """A weight where the kernels read it: the tensors of a stack stay where they lie."""
+
+    tensors: list[np.ndarray]  # (F, C) uint16 (the bits of bfloat16) or float32
+    structs: Any  # an array of CWeight
+
+    @classmethod
+    def of(cls, tensors: list[np.ndarray]) -> CpuWeight:
+        kinds = {np.dtype(np.uint16): 0, np.dtype(np.float32): 1}  # enum Format
+        structs = [CWeight(t.ctypes.data, *t.shape, kinds[t.dtype]) for t in tensors]
+        return cls(tensors, (CWeight * len(structs))(*structs))
+
+    def stack(self, bias: np.ndarray | None = None) -> Any:
+        return CStack(ctypes.addressof(self.structs), len(self.structs), 0 if bias is None else bias.ctypes.data)
+
+
+class HugePages:
+    """Memory for copied weights, in huge pages where the system has them: reading it misses the TLB less often."""
+
+    ARENA, PAGE = 1 << 30, 1 << 21
+
+    def __init__(self):
+        self._left = np.empty(0, np.uint8)
+
+    def copy(self, array: np.ndarray) -> np.ndarray:
+        if len(self._left) < array.nbytes + 64:
+            self._left = self._arena(max(self.ARENA, array.nbytes + 64))
+        stop = -(-array.nbytes // 64) * 64
+        place, self._left = self._left[: array.nbytes], self._left[stop:]
+        copied = place.view(array.dtype).reshape(array.shape)
+        np.copyto(copied, array)
+        return copied
+
+    def _arena(self, size: int) -> np.ndarray:
+        """Address space; memory comes when it is first written."""
+        options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+        pages = mmap.mmap(-1, size + self.PAGE, **options)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+        memory = np.frombuffer(pages, np.uint8)
+        return memory[-memory.ctypes.data % self.PAGE :][:size]
+
+
+class CpuStep(NamedTuple):
+    """A step as the kernels need it."""
+
+    batch: Batch
+    struct: Any
+
+
+class CpuBackend(ArrayBackend):
+    """The ops as C: weights as they lie in the checkpoint, float32 elsewhere, a team of threads for a whole step.
+
+    A row's bits depend on nothing but its own request: a product sums in one order for one token and for many
+    (kernels/linear.c), and so does attention.
+    """
+
+    MAX_HEAD_DIM = 256  # as in attention.c
+
+    def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig):
+        super().__init__(np)  # holds BLAS at one thread: its threads and ours would wait for each other
+        self.kernels, self.engine_config, self._description = kernels, config, description
+        self.team = kernels.team_create(config.threads or usable_cores())
+        if self.team is None:
+            raise KernelError("there is no memory for threads")
+        self.threads = kernels.team_size(self.team)
+        self._pages = HugePages() if config.weights == "copy" else None
+        self._capacity = 0
+
+    @classmethod
+    def why_not(cls, model: ModelConfig) -> str | None:
+        """What keeps this model from running on the kernels, or None."""
+        c = model
+        units = {"hidden_size": (c.hidden_size, 16), "intermediate_size": (c.intermediate_size, 16),
+                 "num_attention_heads * head_dim": (c.num_attention_heads * c.head_dim, 16),
+                 "head_dim": (c.head_dim, 8)}
+        odd = next((name for name, (width, unit) in units.items() if width % unit), None)
+        if odd:
+            return f"{odd} is {units[odd][0]}; the kernels need a multiple of {units[odd][1]}"
+        if c.head_dim > cls.MAX_HEAD_DIM:
+            return f"head_dim is {c.head_dim}; the kernels have at most {cls.MAX_HEAD_DIM}"
+        return None
+
+    @property
+    def name(self) -> str:
+        return f"C kernels ({self._description}, {self.threads} thread{'s' * (self.threads > 1)})"
+
+    def close(self) -> None:
+        if self.team:
+            self.kernels.team_free(self.team)
+            self.team = None
+            super().close()
+        self._buffers = self._pages = self._logits = None
+        self._seen = (None, None)
+
+    # -- before the first step
+
+    def bind(self, config: ModelConfig, max_model_len: int, block_size: int) -> None:
+        super().bind(config, max_model_len, block_size)
+        c = config
+        self._model = CModel(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_kv_heads, c.head_dim,
+                             block_size, c.rms_norm_eps, self.cos.ctypes.data, self.sin.ctypes.data)
+        self._seen: tuple[Any, Any] = (None, None)
+
+    def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
+        """Nothing to find out: the kernels' order of summation is their own."""
+
+    def load_weight(self, parts: Seq[RawTensor]) -> CpuWeight:
+        return CpuWeight.of([self._place(part) for part in parts])
+
+    def _place(self, part: RawTensor) -> np.ndarray:
+        """The tensor where the file is mapped, or a copy; float16, which the kernels have not, becomes float32."""
+        data = part.to_float32() if part.dtype == "F16" else part.data
+        if self._pages is not None:
+            return self._pages.copy(data)
+        return data if data.ctypes.data % data.itemsize == 0 else data.copy()  # a header may have an odd length
+
+    def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
+        """Keys of a block are (K, D, S), values (K, S, D), so that attention reads both along its vectors."""
+        c = self.config
+        return (2, c.num_layers, num_blocks, c.num_kv_heads * c.head_dim * self.block_size), np.float32
+
+    def _reserve(self, num_tokens: int, num_rows: int) -> None:
+        """Buffers for as many tokens and rows of logits; pages come when they are first written."""
+        if num_tokens <= self._capacity and num_rows <= len(self._logits):
+            return
+        c, limits = self.config, self.engine_config
+        tokens = self._capacity = max(num_tokens, limits.max_num_batched_tokens or self.DEFAULT_BATCHED_TOKENS)
+        query, key = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
+        widths = dict(x=c.hidden_size, normed=c.hidden_size, qkv=query + 2 * key, q=query, attended=query,
+                      gate_up=2 * c.intermediate_size, h=c.intermediate_size)
+        self._buffers = {name: np.empty((tokens, width), np.float32) for name, width in widths.items()}
+        self._logits = np.empty((max(num_rows, limits.max_num_seqs), c.vocab_size), np.float32)
+        self._buffer_struct = CBuffers(**{name: array.ctypes.data for name, array in self._buffers.items()
+                                          if name != "x"})
+
+    # -- a step
+
+    def prepare(self, batch: Batch) -> CpuStep:
+        self._reserve(len(batch.input_ids), len(batch.logits_indices))
+        c, tables = self.config, np.ascontiguousarray(batch.block_tables)
+        batch.block_tables = tables
+        attention = CAttention(len(tables), tables.shape[1], c.num_attention_heads, c.num_kv_heads, c.head_dim,
+                               self.block_size, batch.cu_seqlens_q.ctypes.data, batch.positions.ctypes.data,
+                               tables.ctypes.data)
+        return CpuStep(batch, CStep(len(batch.input_ids), batch.positions.ctypes.data, batch.slot_mapping.ctypes.data,
+                                    attention))
+
+    def embedding(self, step: CpuStep, table: CpuWeight) -> np.ndarray:
+        ids, x = step.batch.input_ids, self._buffers["x"][: len(step.batch.input_ids)]
+        self._call("run_embedding", CEmbedding(x.ctypes.data, table.structs[0], ids.ctypes.data, len(ids)))
+        return x
+
+    def run_layers(self, x: np.ndarray, layers: list[Layer], kv_cache: np.ndarray, step: CpuStep) -> np.ndarray:
+        self._call("run_layers", CLayers(
+            x.ctypes.data, ctypes.addressof(self._structs(layers)), len(layers), kv_cache[0].ctypes.data,
+            kv_cache[1].ctypes.data, math.prod(kv_cache.shape[2:]), ctypes.addressof(self._model),
+            ctypes.addressof(step.struct), ctypes.addressof(self._buffer_struct)))
+        return x
+
+    def _structs(self, layers: list[Layer]) -> Any:
+        """The layers as the kernels see them; made once."""
+        if self._seen[0] is not layers:
+            structs = (CLayer(layer.attention_norm.ctypes.data, layer.mlp_norm.ctypes.data,
+                              layer.qkv.stack(layer.qkv_bias), layer.output.stack(layer.output_bias),
+                              layer.gate_up.stack(layer.gate_up_bias), layer.down.stack(layer.down_bias))
+                       for layer in layers)
+            self._seen = layers, (CLayer * len(layers))(*structs)
+        return self._seen[1]
+
+    def lm_head(self, x: np.ndarray, norm: np.ndarray, head: CpuWeight, step: CpuStep) -> np.ndarray:
+        rows, logits = step.batch.logits_indices, self._logits[: len(step.batch.logits_indices)]
+        self._call("run_lm_head", CHead(
+            logits.ctypes.data, self._buffers["normed"].ctypes.data, x.ctypes.data, rows.ctypes.data, len(rows),
+            norm.ctypes.data, head.stack(), ctypes.addressof(self._model)))
+        return logits
+
+    def _call(self, name: str, argument: ctypes.Structure) -> None:
+        getattr(self.kernels, name)(self.team, ctypes.byref(argument))
+
+
+def run_probe(backend: ArrayBackend, config: ModelConfig, batches: list[Batch]) -> np.ndarray:
+    """The logits of a layer of random weights for some batches, one after the other."""
+    rng, c = np.random.default_rng(0), config
+    query, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
+
+    def weight(*heights: int, width: int = c.hidden_size) -> Any:  # bfloat16: either sign, 1/64 to 1/16
+        bits = lambda shape: (rng.integers(0x3C80, 0x3D80, shape) | rng.integers(0, 2, shape) << 15).astype(np.uint16)
+        return backend.load_weight([RawTensor(bits((height, width)), "BF16") for height in heights])
+
+    norm = backend.load_vector([RawTensor(rng.random(c.hidden_size, np.float32), "F32")])
+    backend.bind(config, 64, 16)
+    layers = [Layer(norm, weight(query, kv, kv), None, weight(c.hidden_size, width=query), None, norm,
+                    weight(c.intermediate_size, c.intermediate_size), None,
+                    weight(c.hidden_size, width=c.intermediate_size), None)]
+    table, outputs, (shape, dtype) = weight(c.vocab_size), [], backend.kv_cache_shape(4)
+    kv_cache = np.zeros(shape, dtype)
+    for batch in batches:
+        step = backend.prepare(batch)
+        x = backend.run_layers(backend.embedding(step, table), layers, kv_cache, step)
+        outputs.append(backend.lm_head(x, norm, table, step).copy())
+    return np.concatenate(outputs)
+
+
+def check_kernels(kernels: ctypes.CDLL, config: EngineConfig, model: ModelConfig) -> None:
+    """Compare the kernels with NumPy on this machine, at the model's widths; KernelError when they differ."""
+    probe = dataclasses.replace(model, num_layers=1, vocab_size=33, num_attention_heads=2 * model.group_size,
+                                num_kv_heads=2, intermediate_size=80, attention_bias=False, mlp_bias=False)
+    ints = lambda *values: np.array(values, np.int64)
+    make = lambda first, stop: Batch(
+        np.arange(first, stop), np.arange(first, stop), np.arange(first, stop) + 16, ints(0, stop - first), ints(stop),
+        ints(1, 2, 3)[None], np.arange(stop - first))
+    whole, pieces = [make(0, 21)], [make(0, 17), *(make(at, at + 1) for at in range(17, 21))]
+    expected = run_probe(ArrayBackend(batch_invariant=False), probe, whole)
+    small = dataclasses.replace(config, weights="mmap", max_num_batched_tokens=None)
+    backend = CpuBackend(kernels, "", small)
+    try:
+        found, again = (run_probe(backend, probe, batches) for batches in (whole, pieces))
+    finally:
+        backend.close()
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    if not error < 1e-4:
+        raise KernelError(f"their results differ from NumPy's by {error:.1e} of the largest")
+    if (found != again).any():
+        raise KernelError("a token's bits depend on the tokens beside it")
+
+
+def load_cpu_kernels(config: EngineConfig, model: ModelConfig) -> CpuBackend:
+    """The backend with C kernels; KernelError says why it cannot be had."""
+    if config.cpu_kernels == "off":
+        raise KernelError("--cpu-kernels off")
+    folder = find_data("kernels")
+    if folder is None:
+        raise KernelError("there is no folder kernels/ beside rustinfer.py")
+    if refusal := CpuBackend.why_not(model):
+        raise KernelError(refusal)
+    compiler = KernelCompiler(folder)
+    kernels = open_kernels(compiler.library())
+    check_kernels(kernels, config, model)
+    return CpuBackend(kernels, compiler.description, config)
+
+
 def pick_backend(config: EngineConfig, model: ModelConfig) -> tuple[ArrayBackend, str]:
     """The backend for `config.device`, and in words why it was chosen."""
+    reason = "--device cpu"
     if config.device != "cpu":
         device, reason = find_card(config.device)
         if device is not None:
-            import cupy
-
-            device.use()
-            folder = find_data("kernels")
-            refusal = CudaBackend.why_not(cupy, config, model, folder)
-            if refusal is None:
-                return CudaBackend(cupy, config, folder), reason
-            return ArrayBackend(cupy, batch_invariant=not config.no_batch_invariant), f"{reason}; no kernels: {refusal}"
-    else:
-        reason = "--device cpu"
-    threads = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    return ArrayBackend(np, min(threads, 16), not config.no_batch_invariant), reason
+            return pick_card_backend(config, model, device, reason)
+    try:
+        return load_cpu_kernels(config, model), reason
+    except KernelError as error:
+        return ArrayBackend(np, config.threads or min(usable_cores(), 16), not config.no_batch_invariant), (
+            f"{reason}; no C kernels: {error}")
 
 
 # ==============================================================================
@@ -1994,10 +2406,7 @@ class Llama:
         """One step: writes the new tokens' keys and values, returns the wanted logits (R, V) in float32."""
         ops, step = self.backend, self.backend.prepare(batch)
         x = ops.embedding(step, self.embed)
-        for layer, kv_cache in zip(self.layers, self.kv_cache.swapaxes(0, 1)):
-            q = ops.qkv_rope(x, layer, kv_cache, step)
-            x = ops.add_linear(x, ops.attention(q, kv_cache, step), layer.output, layer.output_bias)
-            x = ops.add_linear(x, ops.gate_up(x, layer), layer.down, layer.down_bias)
+        x = ops.run_layers(x, self.layers, self.kv_cache, step)
         return ops.lm_head(x, self.norm, self.head, step)
 
     def close(self) -> None:
@@ -2008,7 +2417,7 @@ class Llama:
 
 # ==============================================================================
 # Sampler -- logits to token ids and log-probabilities
-# uses: Settings, Backend
+# uses: Settings, Backend, CPU
 # ==============================================================================
 
 
@@ -2149,6 +2558,36 @@ class Sampler:
         best = np.flatnonzero(values >= np.partition(values, -k)[-k]) if k else np.empty(0, np.int64)
         ranked = best[np.lexsort((best, -values[best]))][:k]
         return tuple((int(token), float(values[token])) for token in ranked)
+
+
+class CpuSampler(Sampler):
+    """Sampler with kernels/sample.c; penalties and biases stay with the arrays."""
+
+    DRAW = np.dtype([*((name, "f8") for name in ("temperature", "top_p", "min_p")),
+                     *((name, "i8") for name in ("top_k", "num_top", "choice", "position")), ("seed", "u8")])
+    DRAWN = np.dtype([("token_id", "i8"), ("finite", "i8"), ("num_top", "i8"), ("logprob", "f8"),
+                      ("top_ids", "i8", 20), ("top_logprobs", "f8", 20)])
+
+    def sample(self, logits: np.ndarray, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int],
+               positions: Seq[int], histories: Seq[tuple[Seq[int], Seq[int]]] | None = None) -> list[Sampled]:
+        raw = np.ascontiguousarray(logits, np.float32)
+        adjusted = np.ascontiguousarray(self._adjust(raw, params, histories), np.float32)
+        draws = np.array([(p.temperature, p.top_p, p.min_p, p.top_k, -1 if p.logprobs is None else p.logprobs, *place)
+                          for p, *place in zip(params, choices, positions, seeds)], self.DRAW)
+        drawn = np.empty(len(draws), self.DRAWN)
+        self._backend.kernels.sample_rows(self._backend.team, adjusted.ctypes.data, raw.ctypes.data, *raw.shape,
+                                          draws.ctypes.data, drawn.ctypes.data)
+        columns = zip(*(drawn[name].tolist() for name in ("token_id", "finite", "num_top")))
+        return [Sampled(token, *self._listed(drawn[row], count), bool(finite))
+                for row, (token, finite, count) in enumerate(columns)]
+
+    @staticmethod
+    def _listed(record: np.void, count: int) -> tuple[float | None, tuple | None]:
+        """The token's logprob and the likeliest tokens of a row that asked for them."""
+        if count < 0:
+            return None, None
+        top = zip(record["top_ids"][:count].tolist(), record["top_logprobs"][:count].tolist())
+        return float(record["logprob"]), tuple(top)
 
 
 # ==============================================================================
@@ -2552,7 +2991,7 @@ class MachineProbe:
 
 # ==============================================================================
 # Runner -- a step from its sequences to their tokens, on arrays or on a card
-# uses: Settings, Backend, CUDA, Model, Sampler, KV cache, Scheduler
+# uses: Settings, Backend, CUDA, CPU, Model, Sampler, KV cache, Scheduler
 # ==============================================================================
 
 
@@ -2581,7 +3020,8 @@ class ArrayRunner:
     looks_ahead = False
 
     def __init__(self, model: Llama, config: EngineConfig):
-        self._model, self._sampler = model, Sampler(model.backend)
+        self._model = model
+        self._sampler = (CpuSampler if isinstance(model.backend, CpuBackend) else Sampler)(model.backend)
 
     def launch(self, step: Step) -> list[Sampled | None]:
         """A token for each sequence whose tokens are all computed then, else None."""

@@ -343,8 +343,9 @@ def test_blas_gets_its_threads_back(monkeypatch):
 
 
 def test_the_cpu_is_taken_when_asked_for():
-    backend, reason = pick_backend(EngineConfig(device="cpu"), None)
-    assert backend.name == "NumPy" and reason == "--device cpu" and backend.batch_invariant
+    backend, reason = pick_backend(EngineConfig(device="cpu", cpu_kernels="off"), None)
+    assert backend.name == "NumPy" and reason == "--device cpu; no C kernels: --cpu-kernels off"
+    assert backend.batch_invariant
     backend.close()
 
 

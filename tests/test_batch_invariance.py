@@ -13,13 +13,17 @@ SHAPES = {
                       num_kv_heads=2, head_dim=64, vocab_size=517, bias=True),
     "gqa4-small-heads": dict(seed=3, hidden_size=56, intermediate_size=120, num_attention_heads=4, num_kv_heads=1,
                              head_dim=16, vocab_size=401),
+    "gqa2-c-kernels": dict(seed=4, hidden_size=112, intermediate_size=208, num_attention_heads=4, num_kv_heads=2,
+                           head_dim=40, vocab_size=531),
+    "gqa3-c-kernels-biased": dict(seed=5, hidden_size=576, intermediate_size=96, num_layers=1, num_attention_heads=6,
+                                  num_kv_heads=2, head_dim=64, vocab_size=300, bias=True, tied=False),
 }
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 130, 200, 255, 257, 300, 511, 600]
 
 
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
-    return random_checkpoint(tmp_path_factory.mktemp("model") / "model", **SHAPES[request.param])
+    return random_checkpoint(tmp_path_factory.mktemp(request.param) / "model", **SHAPES[request.param])
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +118,26 @@ def test_unrelated_traffic_and_aborts_change_nothing(folder, alone):
 
 
 def test_products_split_over_threads_keep_the_promise_too(folder, monkeypatch):
-    """Large weights are split over threads; here every weight counts as large."""
+    """Large weights are split over NumPy's threads; here every weight counts as large."""
     monkeypatch.setattr(rustinfer.ArrayBackend, "PARALLEL_SIZE", 1)
-    monkeypatch.setattr(rustinfer.psutil, "cpu_count", lambda logical=True: 3)
-    with rustinfer.LLM(folder, device="cpu", max_num_batched_tokens=512, no_prefix_caching=True) as llm:
+    options = dict(device="cpu", cpu_kernels="off", threads=3, max_num_batched_tokens=512, no_prefix_caching=True)
+    with rustinfer.LLM(folder, **options) as llm:
         assert llm.engine.model.backend.threads == 3
         alone = [answer_of(llm.engine.submit(*request)) for request in requests(folder)[::4]]
         check_equal(answers_together(llm)[::4], alone)
+
+
+def test_shapes_that_the_c_kernels_take_ran_on_them(folder):
+    with rustinfer.LLM(folder, device="cpu") as llm:
+        assert llm.backend_name.startswith("C kernels") == ("c-kernels" in folder.parent.name)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_number_of_threads_changes_no_bit_of_the_c_kernels(folder, alone, threads):
+    with rustinfer.LLM(folder, device="cpu", threads=threads) as llm:
+        if not llm.backend_name.startswith("C kernels"):
+            pytest.skip("NumPy splits its products by the number of threads")
+        check_equal(answers_together(llm), alone)
 
 
 def test_seed_of_a_request_is_its_own(folder):

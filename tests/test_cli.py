@@ -30,6 +30,8 @@ REFUSED = {  # a value that each setting refuses, and what the message says is a
     "cors_origins": ("example.org", "* or origins such as https://example.org"),
     "log_level": ("trace", "one of debug, info, warning, error"),
     "no_prefix_caching": ("maybe", "1 or 0, true or false"),
+    "cpu_kernels": ("on", "one of auto, off"), "weights": ("int8", "one of mmap, copy"),
+    "threads": ("0", "a whole number from 1 to 1024"),
     "no_batch_invariant": ("2", "1 or 0, true or false"),
     "enforce_eager": ("si", "1 or 0, true or false"), "no_pdl": ("never", "1 or 0, true or false")}
 SWITCHES = [setting for setting in SETTINGS if setting.parse is rustinfer.parse_switch]
@@ -78,6 +80,7 @@ class TestSettings:
         values = {
             "model": ("owner/first", "owner/second"), "device": ("cpu", "cuda:1"), "block_size": ("8", "32"),
             "cors_origins": ("*", "https://a.example"), "log_level": ("debug", "error"),
+            "cpu_kernels": ("off", "auto"), "weights": ("copy", "mmap"),
             "kv_cache_memory": ("1GiB", "2GiB"), "gpu_memory_utilization": ("1", "1")}
         first, second = ("1", "1") if switch else values.get(setting.name, ("5", "6"))
         assert read_settings([], {setting.variable: first})[setting.name] == setting.parse(first)

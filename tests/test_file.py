@@ -60,7 +60,7 @@ def test_every_section_says_what_it_uses():
         assert uses in ("nothing", "everything above") or set(uses.split(", ")) <= set(seen), name
         seen.append(name)
     assert seen == [
-        "Errors", "Settings", "Tokenizer", "Chat template", "Checkpoint", "Backend", "CUDA", "Model", "Sampler",
+        "Errors", "Settings", "Tokenizer", "Chat template", "Checkpoint", "Backend", "CUDA", "CPU", "Model", "Sampler",
         "KV cache", "Scheduler", "Metrics", "Runner", "Engine", "API", "LLM", "Server", "CLI"]
 
 
