@@ -291,8 +291,8 @@ SETTINGS = (
     Setting("kv_cache_memory", None, parse_bytes, "KV cache size, such as 4GiB (default: from free memory)", "BYTES"),
     Setting("gpu_memory_utilization", 0.9, number(0.05, 1.0), "part of the card's memory to use", "PART"),
     Setting("no_prefix_caching", False, parse_switch, "never reuse the KV blocks of an equal prompt beginning", ""),
-    Setting("cpu_kernels", "auto", one_of("auto", "off"), "auto compiles the C kernels at first use; off is NumPy",
-            "MODE"),
+    Setting("cpu_kernels", "auto", one_of("auto", "float32", "off"),
+            "C kernels, compiled at first use; float32 never rounds activations to bfloat16; off is NumPy", "MODE"),
     Setting("weights", "mmap", one_of("mmap", "copy"), "C kernels read the mapped file, or a copy in huge pages",
             "MODE"),
     Setting("threads", None, whole(1, 1024), "threads for arithmetic on the CPU (default: its physical cores)"),
@@ -1953,15 +1953,16 @@ def words(names: str) -> dict[str, None]:
 CWeight = c_struct("Weight", **words("data rows columns format"))
 CStack = c_struct("Stack", **words("weights num_weights bias"))
 CModel = c_struct("Model", **words("hidden_size intermediate_size num_heads num_kv_heads head_dim block_size"),
-                  rms_norm_eps=ctypes.c_double, **words("cos sin"))
+                  rms_norm_eps=ctypes.c_double, **words("cos sin arithmetic one_token"))
 CLayer = c_struct("Layer", **words("attention_norm mlp_norm"), qkv=CStack, output=CStack, gate_up=CStack, down=CStack)
-CBuffers = c_struct("Buffers", **words("normed qkv q attended gate_up h"))
+CBuffers = c_struct("Buffers", **words("normed qkv q attended gate_up h packed"))
 CAttention = c_struct("AttentionShape", **words("num_sequences max_blocks num_heads num_kv_heads head_dim block_size "
                                                 "cu_seqlens_q positions block_tables"))
 CStep = c_struct("Step", **words("num_tokens positions slot_mapping"), attention=CAttention)
 CLayers = c_struct("Layers", **words("x layers num_layers keys values layer_stride model step buffers"))
 CEmbedding = c_struct("Embedding", x=None, table=CWeight, **words("input_ids num_tokens"))
-CHead = c_struct("Head", **words("logits normed x rows num_rows norm"), head=CStack, model=None)
+CHead = c_struct("Head", **words("logits normed x rows num_rows norm"), head=CStack, **words("packed model"))
+FLOAT32, PAIRS, TILED = range(3)  # enum Arithmetic of kernels/linear.h
 
 
 class KernelError(RustinferError):
@@ -2003,11 +2004,14 @@ class KernelCompiler:
     def _run(self, *arguments: str) -> str:
         try:
             done = subprocess.run([self.compiler, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                                  timeout=self.TIMEOUT)
-        except (OSError, subprocess.TimeoutExpired) as error:
+                                  errors="replace", timeout=self.TIMEOUT)
+        except subprocess.TimeoutExpired:
+            raise KernelError(f"{self.compiler} took more than {self.TIMEOUT} s") from None
+        except OSError as error:
             raise KernelError(f"{self.compiler}: {shorten(str(error))}") from None
         if done.returncode:
-            raise KernelError(f"{self.compiler} failed: {shorten(done.stderr.strip() or str(done.returncode), 400)}")
+            said = " ".join(done.stderr.split()) or str(done.returncode)
+            raise KernelError(f"{self.compiler} failed: {shorten(said, 400)}")
         return done.stdout
 
     def _find_native(self) -> tuple[str, str]:
@@ -2030,25 +2034,36 @@ class KernelCompiler:
         return f"{version}, {next((name for key, name in names.items() if key in macro), 'no vectors')}"
 
     def library(self) -> Path:
-        """The path of the library, compiled unless an earlier start left it."""
+        """The path of the library, compiled unless an earlier start left it whole: its name ends in its digest."""
         folder = self._cache_folder()
-        path = folder / f"kernels-{self._key}.so"
-        if not path.is_file():
-            log.info("compiling the CPU kernels with %s", self.compiler)
-            partial = folder / f"{path.stem}-{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            try:
-                self._run(*self.FLAGS, self._native, *map(str, self._sources), "-o", str(partial), "-lm")
-                os.replace(partial, path)  # whole or not at all, whoever else compiles now
-            finally:
-                partial.unlink(missing_ok=True)
+        try:
+            for path in folder.glob(f"kernels-{self._key}-*.so"):
+                if path.name == self._name(path):
+                    return path
+                path.unlink(missing_ok=True)  # loaded, it could kill the process
+            return self._compile(folder)
+        except OSError as error:
+            raise KernelError(f"{folder}: {error.strerror}") from None
+
+    def _name(self, path: Path) -> str:
+        return f"kernels-{self._key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
+
+    def _compile(self, folder: Path) -> Path:
+        log.info("compiling the CPU kernels with %s", self.compiler)
+        partial = folder / f"kernels-{os.getpid()}-{secrets.token_hex(4)}.tmp"
+        try:
+            self._run(*self.FLAGS, self._native, *map(str, self._sources), "-o", str(partial), "-lm")
+            path = folder / self._name(partial)
+            os.replace(partial, path)  # whole or not at all, whoever else compiles now
+        finally:
+            partial.unlink(missing_ok=True)
         return path
 
     @staticmethod
     def _cache_folder() -> Path:
         """A folder that is ours alone: code is loaded from it. Without a home, one for this process."""
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        folder = root / "rustinfer"
         try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustinfer"
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             found = folder.stat()
             if os.access(folder, os.W_OK) and found.st_uid == os.getuid() and not found.st_mode & 0o022:
@@ -2069,9 +2084,15 @@ def open_kernels(path: Path) -> ctypes.CDLL:
         kernels.team_free.argtypes = kernels.team_size.argtypes = (address,)
         for name in ("run_embedding", "run_layers", "run_lm_head"):
             getattr(kernels, name).argtypes = (address, address)
+        kernels.fastest_arithmetic.restype = kernels.layout.restype = number
         kernels.sample_rows.argtypes = (address, address, address, number, number, address, address)
     except (OSError, AttributeError) as error:
         raise KernelError(f"{path}: {shorten(str(error))}") from None
+    layout = 0
+    for kind in (CWeight, CStack, CModel, CLayer, CBuffers, CAttention, CStep, CLayers, CEmbedding, CHead):
+        layout = 31 * layout + ctypes.sizeof(kind)
+    if kernels.layout() != layout:
+        raise KernelError("kernels/ belongs to another version of rustinfer.py")
     return kernels
 
 
@@ -2096,8 +2117,8 @@ class HugePages:
 
     ARENA, PAGE = 1 << 30, 1 << 21
 
-    def __init__(self):
-        self._left = np.empty(0, np.uint8)
+    def __init__(self, threads: int = 1):
+        self._left, self._threads = np.empty(0, np.uint8), threads
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         if len(self._left) < array.nbytes + 64:
@@ -2105,7 +2126,9 @@ class HugePages:
         stop = -(-array.nbytes // 64) * 64
         place, self._left = self._left[: array.nbytes], self._left[stop:]
         copied = place.view(array.dtype).reshape(array.shape)
-        np.copyto(copied, array)
+        bounds = [len(array) * i // self._threads for i in range(self._threads + 1)]
+        with ThreadPoolExecutor(self._threads) as pool:  # most of the time goes into the first touch of each page
+            list(pool.map(lambda start, stop: np.copyto(copied[start:stop], array[start:stop]), bounds, bounds[1:]))
         return copied
 
     def _arena(self, size: int) -> np.ndarray:
@@ -2135,14 +2158,19 @@ class CpuBackend(ArrayBackend):
 
     MAX_HEAD_DIM = 256  # as in attention.c
 
-    def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig):
-        super().__init__(np)  # holds BLAS at one thread: its threads and ours would wait for each other
-        self.kernels, self.engine_config, self._description = kernels, config, description
+    ROUNDINGS = ("", ", bfloat16 activations", ", bfloat16 activations in AMX tiles")  # by enum Arithmetic
+
+    def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig, arithmetic: int = FLOAT32):
+        self.kernels, self.engine_config, self.arithmetic = kernels, config, arithmetic
+        self._description = description + self.ROUNDINGS[arithmetic]
         self.team = kernels.team_create(config.threads or usable_cores())
         if self.team is None:
             raise KernelError("there is no memory for threads")
+        super().__init__(np)  # holds BLAS at one thread: its threads and ours would wait for each other
         self.threads = kernels.team_size(self.team)
-        self._pages = HugePages() if config.weights == "copy" else None
+        # tiles hold 16 tokens: for a single one vectors are faster, but give it other bits
+        self._one_token = PAIRS if arithmetic == TILED and config.no_batch_invariant else arithmetic
+        self._pages = HugePages(self.threads) if config.weights == "copy" else None
         self._capacity = 0
 
     @classmethod
@@ -2177,7 +2205,8 @@ class CpuBackend(ArrayBackend):
         super().bind(config, max_model_len, block_size)
         c = config
         self._model = CModel(c.hidden_size, c.intermediate_size, c.num_attention_heads, c.num_kv_heads, c.head_dim,
-                             block_size, c.rms_norm_eps, self.cos.ctypes.data, self.sin.ctypes.data)
+                             block_size, c.rms_norm_eps, self.cos.ctypes.data, self.sin.ctypes.data, self.arithmetic,
+                             self._one_token)
         self._seen: tuple[Any, Any] = (None, None)
 
     def calibrate(self, shapes: Iterable[tuple[int, int]], head_dim: int) -> None:
@@ -2191,7 +2220,7 @@ class CpuBackend(ArrayBackend):
         data = part.to_float32() if part.dtype == "F16" else part.data
         if self._pages is not None:
             return self._pages.copy(data)
-        return data if data.ctypes.data % data.itemsize == 0 else data.copy()  # a header may have an odd length
+        return data if data.ctypes.data % 4 == 0 else data.copy()  # a header may have an odd length
 
     def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
         """Keys of a block are (K, D, S), values (K, S, D), so that attention reads both along its vectors."""
@@ -2209,6 +2238,8 @@ class CpuBackend(ArrayBackend):
                       gate_up=2 * c.intermediate_size, h=c.intermediate_size)
         self._buffers = {name: np.empty((tokens, width), np.float32) for name, width in widths.items()}
         self._logits = np.empty((max(num_rows, limits.max_num_seqs), c.vocab_size), np.float32)
+        packed = np.empty(-(-tokens // 16) * 16 * max(query, c.hidden_size, c.intermediate_size) + 16, np.float32)
+        self._buffers["packed"] = packed[-packed.ctypes.data % 64 // 4 :]
         self._buffer_struct = CBuffers(**{name: array.ctypes.data for name, array in self._buffers.items()
                                           if name != "x"})
 
@@ -2250,61 +2281,80 @@ class CpuBackend(ArrayBackend):
         rows, logits = step.batch.logits_indices, self._logits[: len(step.batch.logits_indices)]
         self._call("run_lm_head", CHead(
             logits.ctypes.data, self._buffers["normed"].ctypes.data, x.ctypes.data, rows.ctypes.data, len(rows),
-            norm.ctypes.data, head.stack(), ctypes.addressof(self._model)))
+            norm.ctypes.data, head.stack(), self._buffers["packed"].ctypes.data, ctypes.addressof(self._model)))
         return logits
 
     def _call(self, name: str, argument: ctypes.Structure) -> None:
         getattr(self.kernels, name)(self.team, ctypes.byref(argument))
 
 
-def run_probe(backend: ArrayBackend, config: ModelConfig, batches: list[Batch]) -> np.ndarray:
-    """The logits of a layer of random weights for some batches, one after the other."""
+class RoundedBackend(ArrayBackend):
+    """The array twin of products that round their activations: bfloat16 weights meet bfloat16 activations."""
+
+    def linear(self, x: np.ndarray, weight: np.ndarray, bias: np.ndarray | None = None) -> np.ndarray:
+        rounded = RawTensor(to_bfloat16(RawTensor(np.ascontiguousarray(x), "F32")), "BF16").to_float32()
+        is_bfloat16 = not (weight.view(np.uint32) & 0xFFFF).any()
+        return super().linear(rounded if is_bfloat16 else x, weight, bias)
+
+
+def probe_model(model: ModelConfig) -> ModelConfig:
+    """Two small layers with the model's widths, where those are not large, and with biases."""
+    return dataclasses.replace(
+        model, num_layers=2, vocab_size=35, num_attention_heads=2 * model.group_size, num_kv_heads=2,
+        intermediate_size=min(model.intermediate_size, 1216), attention_bias=True, mlp_bias=True)
+
+
+def run_probe(backend: ArrayBackend, config: ModelConfig, block_size: int, pieces: list[tuple[int, int]]) -> np.ndarray:
+    """The logits of a sequence that is computed in pieces [start, stop), with random weights."""
     rng, c = np.random.default_rng(0), config
     query, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
     def weight(*heights: int, width: int = c.hidden_size) -> Any:  # bfloat16: either sign, 1/64 to 1/16
-        bits = lambda shape: (rng.integers(0x3C80, 0x3D80, shape) | rng.integers(0, 2, shape) << 15).astype(np.uint16)
-        return backend.load_weight([RawTensor(bits((height, width)), "BF16") for height in heights])
+        draw = lambda height: np.frombuffer(rng.bytes(2 * height * width), np.uint16).reshape(height, width)
+        bits = [(draw(height) & 0x80FF) + np.uint16(0x3C80) for height in heights]
+        return backend.load_weight([RawTensor(part, "BF16") for part in bits])
 
-    norm = backend.load_vector([RawTensor(rng.random(c.hidden_size, np.float32), "F32")])
-    backend.bind(config, 64, 16)
-    layers = [Layer(norm, weight(query, kv, kv), None, weight(c.hidden_size, width=query), None, norm,
-                    weight(c.intermediate_size, c.intermediate_size), None,
-                    weight(c.hidden_size, width=c.intermediate_size), None)]
-    table, outputs, (shape, dtype) = weight(c.vocab_size), [], backend.kv_cache_shape(4)
-    kv_cache = np.zeros(shape, dtype)
-    for batch in batches:
-        step = backend.prepare(batch)
+    vector = lambda size: backend.load_vector([RawTensor(rng.random(size, np.float32), "F32")])
+    wide = lambda height, width: backend.load_weight([RawTensor(rng.random((height, width), np.float32) - 0.5, "F32")])
+    backend.bind(config, 64, block_size)
+    inner, hidden = c.intermediate_size, c.hidden_size
+    layers = [Layer(vector(hidden), weight(query, kv, kv), vector(query + 2 * kv), output(hidden, width=query),
+                    vector(hidden), vector(hidden), weight(inner, inner), vector(2 * inner),
+                    weight(hidden, width=inner), vector(hidden)) for output in (weight, wide)]
+    table, norm, outputs = weight(c.vocab_size), vector(c.hidden_size), []
+    num_blocks = -(-pieces[-1][1] // block_size)
+    shape, dtype = backend.kv_cache_shape(num_blocks + 1)
+    kv_cache, tables = np.zeros(shape, dtype), np.arange(num_blocks, 0, -1)[None]
+    for start, stop in pieces:
+        at = np.arange(start, stop)
+        step = backend.prepare(Batch(at, at, tables[0, at // block_size] * block_size + at % block_size,
+                                     np.array([0, stop - start]), np.array([stop]), tables, at - start))
         x = backend.run_layers(backend.embedding(step, table), layers, kv_cache, step)
         outputs.append(backend.lm_head(x, norm, table, step).copy())
     return np.concatenate(outputs)
 
 
-def check_kernels(kernels: ctypes.CDLL, config: EngineConfig, model: ModelConfig) -> None:
+def check_kernels(kernels: ctypes.CDLL, config: EngineConfig, model: ModelConfig, arithmetic: int) -> None:
     """Compare the kernels with NumPy on this machine, at the model's widths; KernelError when they differ."""
-    probe = dataclasses.replace(model, num_layers=1, vocab_size=33, num_attention_heads=2 * model.group_size,
-                                num_kv_heads=2, intermediate_size=80, attention_bias=False, mlp_bias=False)
-    ints = lambda *values: np.array(values, np.int64)
-    make = lambda first, stop: Batch(
-        np.arange(first, stop), np.arange(first, stop), np.arange(first, stop) + 16, ints(0, stop - first), ints(stop),
-        ints(1, 2, 3)[None], np.arange(stop - first))
-    whole, pieces = [make(0, 21)], [make(0, 17), *(make(at, at + 1) for at in range(17, 21))]
-    expected = run_probe(ArrayBackend(batch_invariant=False), probe, whole)
+    probe, size = probe_model(model), config.block_size
+    whole, pieces = [(0, 25)], [(0, 17), *((at, at + 1) for at in range(17, 21)), (21, 25)]
+    twin, allowed = (ArrayBackend, 1e-4) if arithmetic == FLOAT32 else (RoundedBackend, 4e-3)
+    expected = run_probe(twin(batch_invariant=False), probe, size, whole)
     small = dataclasses.replace(config, weights="mmap", max_num_batched_tokens=None)
-    backend = CpuBackend(kernels, "", small)
+    backend = CpuBackend(kernels, "", small, arithmetic)
     try:
-        found, again = (run_probe(backend, probe, batches) for batches in (whole, pieces))
+        found, again = (run_probe(backend, probe, size, tokens) for tokens in (whole, pieces))
     finally:
         backend.close()
     error = np.abs(found - expected).max() / np.abs(expected).max()
-    if not error < 1e-4:
+    if not error < allowed:
         raise KernelError(f"their results differ from NumPy's by {error:.1e} of the largest")
-    if (found != again).any():
+    if not config.no_batch_invariant and (found != again).any():
         raise KernelError("a token's bits depend on the tokens beside it")
 
 
 def load_cpu_kernels(config: EngineConfig, model: ModelConfig) -> CpuBackend:
-    """The backend with C kernels; KernelError says why it cannot be had."""
+    """The backend with C kernels, as fast as they can be trusted; KernelError says why it cannot be had."""
     if config.cpu_kernels == "off":
         raise KernelError("--cpu-kernels off")
     folder = find_data("kernels")
@@ -2314,8 +2364,16 @@ def load_cpu_kernels(config: EngineConfig, model: ModelConfig) -> CpuBackend:
         raise KernelError(refusal)
     compiler = KernelCompiler(folder)
     kernels = open_kernels(compiler.library())
-    check_kernels(kernels, config, model)
-    return CpuBackend(kernels, compiler.description, config)
+    arithmetic = FLOAT32 if config.cpu_kernels == "float32" else kernels.fastest_arithmetic()
+    while True:
+        try:
+            check_kernels(kernels, config, model, arithmetic)
+            return CpuBackend(kernels, compiler.description, config, arithmetic)
+        except KernelError as error:
+            if arithmetic == FLOAT32:
+                raise
+            log.warning("the C kernels do without%s: %s", CpuBackend.ROUNDINGS[arithmetic][1:], error)
+            arithmetic -= 1
 
 
 def pick_backend(config: EngineConfig, model: ModelConfig) -> tuple[ArrayBackend, str]:

@@ -32,11 +32,13 @@ typedef float quad __attribute__((vector_size(16), aligned(4)));
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#define SHUFFLE_QUAD SHUFFLE
 #endif
 #endif
 #ifndef SHUFFLE
-#define SHUFFLE(a, b, i, j, k, l) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){i, j, k, l})
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (ivec){__VA_ARGS__})
+#define SHUFFLE_QUAD(a, b, ...) __builtin_shuffle(a, b, (int32_t __attribute__((vector_size(16)))){__VA_ARGS__})
 #endif
 
 // Keeps a vector in a register, where the compiler would rather load it again for each use.
@@ -79,7 +81,24 @@ static inline vec load_bf16(const uint16_t *p) {  // a bfloat16 is the upper hal
   return (vec)(__builtin_convertvector(*(const halves *)p, uvec) << 16);
 }
 
-// The lanes of a vector folded to four, each the sum of the lanes whose number is the same modulo four.
+static inline void store_bf16(uint16_t *p, vec v) {  // to the nearest, of two the even one; NaN stays NaN
+  uvec bits = (uvec)v, rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, nan = (uvec)(v != v);
+  *(halves *)p = __builtin_convertvector((nan & 0x7fc0) | (~nan & rounded), halves);
+}
+
+// sum + the products of two pairs of bfloat16 in each lane.
+static inline vec dot_pairs(uvec a, uvec b, vec sum) {
+#if VL == 16 && defined(__AVX512BF16__)
+  return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#define HAVE_DOT_PAIRS 1
+#else
+  sum = fma_vec((vec)(a << 16), (vec)(b << 16), sum);
+  return fma_vec((vec)(a & 0xffff0000u), (vec)(b & 0xffff0000u), sum);
+#define HAVE_DOT_PAIRS 0
+#endif
+}
+
+// The places of a vector folded to four, each the sum of those whose number is the same modulo four.
 static inline quad fold(vec v) {
   union { vec v; quad q[VL / 4]; } u = {v};
 #if VL == 16
@@ -91,13 +110,24 @@ static inline quad fold(vec v) {
 #endif
 }
 
-// The sums of four vectors' lanes, always added in the same order.
+// Places i, j, k, l of each group of four of two vectors, of which the second one's are VL further.
+#if VL == 16
+#define SHUFFLE_FOURS(a, b, i, j, k, l) \
+  SHUFFLE(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4, i + 8, j + 8, k + 8, l + 8, i + 12, j + 12, k + 12, l + 12)
+#elif VL == 8
+#define SHUFFLE_FOURS(a, b, i, j, k, l) SHUFFLE(a, b, i, j, k, l, i + 4, j + 4, k + 4, l + 4)
+#else
+#define SHUFFLE_FOURS(a, b, i, j, k, l) SHUFFLE(a, b, i, j, k, l)
+#endif
+
+// The sums of four vectors' places, always added in the same order: each group of four, then the groups.
 static inline quad sum_lanes(vec a, vec b, vec c, vec d) {
-  quad p = fold(a), q = fold(b), r = fold(c), s = fold(d);
-  quad low = SHUFFLE(p, q, 0, 4, 1, 5) + SHUFFLE(p, q, 2, 6, 3, 7);    // p02 q02 p13 q13
-  quad high = SHUFFLE(r, s, 0, 4, 1, 5) + SHUFFLE(r, s, 2, 6, 3, 7);
-  return SHUFFLE(low, high, 0, 1, 4, 5) + SHUFFLE(low, high, 2, 3, 6, 7);
+  vec ab = SHUFFLE_FOURS(a, b, 0, VL, 1, VL + 1) + SHUFFLE_FOURS(a, b, 2, VL + 2, 3, VL + 3);  // a02 b02 a13 b13
+  vec cd = SHUFFLE_FOURS(c, d, 0, VL, 1, VL + 1) + SHUFFLE_FOURS(c, d, 2, VL + 2, 3, VL + 3);
+  return fold(SHUFFLE_FOURS(ab, cd, 0, 1, VL, VL + 1) + SHUFFLE_FOURS(ab, cd, 2, 3, VL + 2, VL + 3));
 }
+
+static inline float sum_places(vec v) { return sum_lanes(v, v, v, v)[0]; }  // one vector's
 
 // e^x within 2 units in the last place; 0 below -87, so that a masked score (-inf) weighs nothing. NaN stays NaN.
 static inline vec exp_vec(vec x) {
@@ -144,7 +174,7 @@ int64_t next_chunk(Team *team);                         // 0, 1, 2, ... each to 
 enum Format { BF16 = 0, F32 = 1 };  // how a weight lies in memory; 8-bit formats come with their scales here
 
 typedef struct {
-  const void *data;   // (rows, columns), row-major
+  const void *data;   // (rows, columns), row-major, aligned to 4 bytes
   int64_t rows, columns;
   int64_t format;     // enum Format
 } Weight;

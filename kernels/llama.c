@@ -3,7 +3,7 @@
 // shapes    x (T, C) float32, the residual stream; weights as in the checkpoint; KV cache: keys (N, K, D, S), values
 //           (N, K, S, D) float32 a layer, so that attention reads both along its lanes
 // work      every op is shared out over the team and ends in a barrier; nothing is allocated
-// numerics  float32 throughout; each sum in an order that its row fixes
+// numerics  float32, but for the activations that products round (enum Arithmetic); each sum in an order that its row fixes
 #include "llama.h"
 
 #include <math.h>
@@ -33,8 +33,10 @@ static void rms_norm(Team *team, const Model *m, float *y, const float *x, int64
   barrier(team);
 }
 
-static void project(Team *team, float *y, const float *x, int64_t num_tokens, const Stack *stack, int add) {
-  Product product = {y, 0, x, num_tokens, stack->weights, stack->num_weights, stack->bias, add};
+static void project(Team *team, const Model *m, float *y, const float *x, float *packed, int64_t num_tokens,
+                    const Stack *stack, int add) {
+  int64_t arithmetic = num_tokens == 1 ? m->one_token : m->arithmetic;
+  Product product = {y, 0, x, num_tokens, stack->weights, stack->num_weights, stack->bias, add, arithmetic, packed};
   for (int64_t i = 0; i < stack->num_weights; i++) product.stride += stack->weights[i].rows;
   linear(team, &product);
   barrier(team);
@@ -84,15 +86,15 @@ static void run_layer(Team *team, const Layers *a, const Layer *layer, float *ke
   const Buffers *b = a->buffers;
   int64_t num_tokens = a->step->num_tokens;
   rms_norm(team, m, b->normed, a->x, num_tokens, layer->attention_norm);
-  project(team, b->qkv, b->normed, num_tokens, &layer->qkv, 0);
+  project(team, m, b->qkv, b->normed, b->packed, num_tokens, &layer->qkv, 0);
   rope_append(team, m, b, keys, values, a->step);
   attention(team, b->attended, b->q, keys, values, &a->step->attention);
   barrier(team);
-  project(team, a->x, b->attended, num_tokens, &layer->output, 1);
+  project(team, m, a->x, b->attended, b->packed, num_tokens, &layer->output, 1);
   rms_norm(team, m, b->normed, a->x, num_tokens, layer->mlp_norm);
-  project(team, b->gate_up, b->normed, num_tokens, &layer->gate_up, 0);
+  project(team, m, b->gate_up, b->normed, b->packed, num_tokens, &layer->gate_up, 0);
   silu_mul(team, m, b->h, b->gate_up, num_tokens);
-  project(team, a->x, b->h, num_tokens, &layer->down, 1);
+  project(team, m, a->x, b->h, b->packed, num_tokens, &layer->down, 1);
 }
 
 static void layers_work(void *argument, Team *team, int id) {
@@ -126,7 +128,16 @@ static void lm_head_work(void *argument, Team *team, int id) {
     rms_norm_row(a->normed + r * m->hidden_size, a->x + a->rows[r] * m->hidden_size, a->norm, m->hidden_size,
                  m->rms_norm_eps);
   barrier(team);
-  project(team, a->logits, a->normed, a->num_rows, &a->head, 0);
+  project(team, m, a->logits, a->normed, a->packed, a->num_rows, &a->head, 0);
 }
 
 void run_lm_head(Team *team, const Head *head) { team_run(team, lm_head_work, (void *)head); }
+
+// Tells the sizes of all structs, so that a file of another version is not taken for this one.
+int64_t layout(void) {
+  const int64_t sizes[] = {sizeof(Weight), sizeof(Stack), sizeof(Model), sizeof(Layer), sizeof(Buffers),
+                           sizeof(AttentionShape), sizeof(Step), sizeof(Layers), sizeof(Embedding), sizeof(Head)};
+  int64_t layout = 0;
+  for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) layout = 31 * layout + sizes[i];
+  return layout;
+}

@@ -12,7 +12,8 @@ typedef struct {  // weights stacked along their first axis
 typedef struct {
   int64_t hidden_size, intermediate_size, num_heads, num_kv_heads, head_dim, block_size;
   double rms_norm_eps;
-  const float *cos, *sin;  // (max_model_len, D / 2)
+  const float *cos, *sin;        // (max_model_len, D / 2)
+  int64_t arithmetic, one_token;  // enum Arithmetic of products; of one token: another one only without batch invariance
 } Model;
 
 typedef struct {
@@ -27,6 +28,7 @@ typedef struct {  // for as many tokens as a step may have
   float *attended;  // (T, H D)
   float *gate_up;   // (T, 2F)
   float *h;         // (T, F)
+  float *packed;    // (PACKED_ROWS(T), max(C, H D, F)), scratch of products
 } Buffers;
 
 typedef struct {
@@ -61,11 +63,13 @@ typedef struct {
   int64_t num_rows;
   const float *norm;    // (C,)
   Stack head;           // (V, C)
+  float *packed;        // (PACKED_ROWS(R), C), scratch
   const Model *model;
 } Head;
 
 EXPORT void run_layers(Team *team, const Layers *layers);
 EXPORT void run_embedding(Team *team, const Embedding *embedding);
 EXPORT void run_lm_head(Team *team, const Head *head);
+EXPORT int64_t layout(void);  // the same number for the same structs
 
 #endif

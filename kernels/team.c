@@ -9,7 +9,7 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { SPINS = 4000 };  // about 0.1 ms
+enum { SPINS = 4000, STACK = 1 << 21 };  // about 0.1 ms; linear.c takes 0.4 MB
 
 typedef struct {
   Team *team;
@@ -95,11 +95,15 @@ Team *team_create(int size) {
   *team = (Team){.size = 1};
   pthread_mutex_init(&team->mutex, NULL);
   pthread_cond_init(&team->wake, NULL);
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, STACK);
   for (int id = 1; id < size; id++) {  // no member passes a barrier before the first work is handed out
     team->members[id] = (Member){.team = team, .id = id};
-    if (pthread_create(&team->members[id].thread, NULL, member_main, &team->members[id])) break;
+    if (pthread_create(&team->members[id].thread, &attributes, member_main, &team->members[id])) break;
     team->size = id + 1;
   }
+  pthread_attr_destroy(&attributes);
   return team;
 }
 

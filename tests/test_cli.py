@@ -30,7 +30,7 @@ REFUSED = {  # a value that each setting refuses, and what the message says is a
     "cors_origins": ("example.org", "* or origins such as https://example.org"),
     "log_level": ("trace", "one of debug, info, warning, error"),
     "no_prefix_caching": ("maybe", "1 or 0, true or false"),
-    "cpu_kernels": ("on", "one of auto, off"), "weights": ("int8", "one of mmap, copy"),
+    "cpu_kernels": ("on", "one of auto, float32, off"), "weights": ("int8", "one of mmap, copy"),
     "threads": ("0", "a whole number from 1 to 1024"),
     "no_batch_invariant": ("2", "1 or 0, true or false"),
     "enforce_eager": ("si", "1 or 0, true or false"), "no_pdl": ("never", "1 or 0, true or false")}

@@ -35,12 +35,15 @@ def test_demo_has_one_to_four_million_parameters(demo):
     assert 1e6 <= demo.num_parameters <= 4e6
 
 
+@pytest.mark.parametrize("cpu_kernels", ["float32", "off"])
 @pytest.mark.parametrize("index", range(3))
-def test_demo_gives_the_tokens_and_logits_of_transformers(demo, index):
+def test_demo_gives_the_tokens_and_logits_of_transformers(index, cpu_kernels):
     _, arrays = reference_answers("demo")
     prompt, expected = (arrays[f"{name}_token_ids_{index}"].tolist() for name in ("prompt", "output"))
-    assert demo.generate([prompt], temperature=0, max_tokens=64, ignore_eos=True)[0].outputs[0].token_ids == expected
-    logits = run_all_positions(demo, prompt + expected)[arrays[f"positions_{index}"]]
+    with rustinfer.LLM(None, device="cpu", cpu_kernels=cpu_kernels) as llm:
+        output = llm.generate([prompt], temperature=0, max_tokens=64, ignore_eos=True)[0].outputs[0]
+        logits = run_all_positions(llm, prompt + expected)[arrays[f"positions_{index}"]]
+    assert output.token_ids == expected
     reference = arrays[f"logits_{index}"]
     assert np.abs(logits - reference).max() <= 1e-4 * np.abs(reference).max()
 
