@@ -26,9 +26,9 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=FOLDER.name))
 
 
-def compile_c(name: str, *arguments: str | Path) -> Path:
-    """What the system's compiler makes of some flags and sources, in a new folder."""
-    compiler, path = need_tool("cc", "gcc", "clang"), new_folder() / name
+def compile_c(name: str, *arguments: str | Path, compiler: str | None = None) -> Path:
+    """What the system's compiler, or another one, makes of some flags and sources, in a new folder."""
+    compiler, path = compiler or need_tool("cc", "gcc", "clang"), new_folder() / name
     subprocess.run([compiler, *arguments, "-o", path], check=True)
     return path
 

@@ -14,6 +14,7 @@ Needs torch and transformers for the one, gguf and a folder with llama-batched-b
 """
 import argparse
 import ctypes
+import functools
 import json
 import os
 import platform
@@ -52,8 +53,29 @@ def anonymous_bytes():
     return 1024 * int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
+@functools.cache
+def reader():
+    """read.c."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "read.so"
+        flags = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
+        subprocess.run(["cc", *flags, str(HERE / "read.c"), "-o", str(path)], check=True)
+        library = ctypes.CDLL(str(path))
+    library.read_bandwidth.restype = library.read_regions.restype = ctypes.c_double
+    library.read_bandwidth.argtypes = (ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+    library.read_regions.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int)
+    return library
+
+
+def read_bandwidth():
+    """Bytes a second, the best of five readings of 1 GiB."""
+    return reader().read_bandwidth(1 << 30, THREADS, 5)
+
+
 def run_ours(folder, options):
     """rustinfer through its engine."""
+    import numpy as np
+
     import rustinfer
 
     params = lambda tokens: rustinfer.SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -77,6 +99,14 @@ def run_ours(folder, options):
         list(handle)
         return LONG_PROMPT / handle.timing.ttft_s
 
+    def weights_bandwidth():
+        """At which this process reads its own weights: memory differs, in pages and in where the host keeps it."""
+        model = llm.engine.model
+        stacks = [model.head, *(getattr(layer, name) for layer in model.layers
+                                for name in ("qkv", "output", "gate_up", "down"))]
+        regions = np.array([(t.ctypes.data, t.nbytes) for stack in stacks for t in stack.tensors], np.int64)
+        return reader().read_regions(regions.ctypes.data, len(regions), THREADS, 3)
+
     with llm:
         is_slow = options.get("cpu_kernels") == "off"
         decode(1, 4)
@@ -84,6 +114,8 @@ def run_ours(folder, options):
             result[f"decode_{num_seqs}"] = decode(num_seqs, steps + 1)
         result["prefill"] = statistics.median(prefill(first) for first in range(5, 6 if is_slow else 8))
         result["anonymous_bytes"] = anonymous_bytes()
+        if not is_slow:
+            result["weights_bandwidth"] = weights_bandwidth()
     return result
 
 
@@ -198,17 +230,6 @@ def write_gguf(folder, path):
     writer.close()
 
 
-def read_bandwidth(folder):
-    """Bytes a second, the best of five readings of 1 GiB."""
-    path = folder / "read.so"
-    if not path.exists():
-        flags = ("-O3", "-march=native", "-shared", "-fPIC", "-pthread")
-        subprocess.run(["cc", *flags, str(HERE / "read.c"), "-o", str(path)], check=True)
-    read = ctypes.CDLL(str(path)).read_bandwidth
-    read.restype, read.argtypes = ctypes.c_double, (ctypes.c_int64, ctypes.c_int, ctypes.c_int)
-    return read(1 << 30, THREADS, 5)
-
-
 def file_seconds(path):
     """To read a file that is in the page cache into memory of its own."""
     import numpy as np
@@ -253,9 +274,9 @@ def measure(shape, rounds, folder, tools, names):
     seen, bandwidths, readings = {}, {}, []
     for number in range(rounds):
         for name, run in contenders(model, ggufs, tools, names).items():
-            before = read_bandwidth(folder)
+            before = read_bandwidth()
             seen.setdefault(name, []).append(run())
-            bandwidths.setdefault(name, []).append(max(before, read_bandwidth(folder)))
+            bandwidths.setdefault(name, []).append(max(before, read_bandwidth()))
             one = seen[name][-1]
             print(f"{shape} round {number + 1}: {name}: {bandwidths[name][-1] / 1e9:.1f} GB/s, " + ", ".join(
                 f"{key} {value:.4g}" for key, value in one.items() if isinstance(value, (int, float))),
@@ -263,9 +284,12 @@ def measure(shape, rounds, folder, tools, names):
         readings.append(file_seconds(weights))
     results = {name: median_of(values) for name, values in seen.items()}
     size = weights.stat().st_size
-    for name, result in results.items():  # each round's rate against the better of the readings beside it
+    for name, result in results.items():  # each round's rate against the readings beside it
         result["of_bandwidth"] = statistics.median(
             one["decode_1"] * size / bandwidth for one, bandwidth in zip(seen[name], bandwidths[name]))
+        if "weights_bandwidth" in result:
+            result["of_weights_bandwidth"] = statistics.median(
+                one["decode_1"] * size / one["weights_bandwidth"] for one in seen[name])
     return {"bytes": size, "read_file_s": statistics.median(readings), "contenders": results,
             "bandwidth": statistics.median(sum(bandwidths.values(), []))}
 
@@ -276,13 +300,14 @@ COLUMNS = {"decode_1": "B = 1", "decode_8": "B = 8", "decode_32": "B = 32", "pre
 def table(shape, result):
     """The results as Markdown."""
     titles = " | ".join(COLUMNS.values())
-    lines = [f"| {shape} shape, tokens/s | {titles} | of the bandwidth | load, s | anonymous GB |",
-             "|---" * (len(COLUMNS) + 4) + "|"]
+    lines = [f"| {shape}, tokens/s | {titles} | B = 1 of the bandwidth | of its weights' | load, s | anonymous GB |",
+             "|---" * (len(COLUMNS) + 5) + "|"]
     for name, one in result["contenders"].items():
         rates = " | ".join(f"{one[key]:.3g}" if key in one else "" for key in COLUMNS)
         load = f"{one['load_s']:.2f}" if "load_s" in one else ""
         memory = f"{one['anonymous_bytes'] / 1e9:.2f}" if "anonymous_bytes" in one else ""
-        lines.append(f"| {name} | {rates} | {one['of_bandwidth']:.0%} | {load} | {memory} |")
+        own = f"{one['of_weights_bandwidth']:.0%}" if "of_weights_bandwidth" in one else ""
+        lines.append(f"| {name} | {rates} | {one['of_bandwidth']:.0%} | {own} | {load} | {memory} |")
     return "\n".join(lines)
 
 
