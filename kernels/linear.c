@@ -25,7 +25,7 @@ enum {
   LOW_PANEL = 24, LOW_TILED_PANEL = 32, LOW_ROWS = 192,  // rows of a panel (of one tile of tokens: a tile's), of a chunk
   MANY_ROWS = 256,                   // else at most so many, for which a block of x is read from the cache
   GROUP = 256,                       // tokens for which a panel is made
-  STREAM_BYTES = 1 << 18,            // of weights that a chunk of one token's product reads
+  STREAM_BYTES = 1 << 19,            // of weights that a chunk of one token's product reads
   PIECE = 1024,                      // elements that are rounded at once
 };
 

@@ -99,13 +99,15 @@ def run_ours(folder, options):
         list(handle)
         return LONG_PROMPT / handle.timing.ttft_s
 
-    def weights_bandwidth():
-        """At which this process reads its own weights: memory differs, in pages and in where the host keeps it."""
+    def share_of_bandwidth():
+        """Of one sequence, against reading the same weights just before and after: both change from moment to moment."""
         model = llm.engine.model
         stacks = [model.head, *(getattr(layer, name) for layer in model.layers
                                 for name in ("qkv", "output", "gate_up", "down"))]
         regions = np.array([(t.ctypes.data, t.nbytes) for stack in stacks for t in stack.tensors], np.int64)
-        return reader().read_regions(regions.ctypes.data, len(regions), THREADS, 3)
+        read = lambda: reader().read_regions(regions.ctypes.data, len(regions), THREADS, 1)
+        turns = [(read(), decode(1, 17), read()) for _ in range(9)]
+        return statistics.median(tokens * regions[:, 1].sum() / ((before + after) / 2) for before, tokens, after in turns)
 
     with llm:
         is_slow = options.get("cpu_kernels") == "off"
@@ -115,7 +117,7 @@ def run_ours(folder, options):
         result["prefill"] = statistics.median(prefill(first) for first in range(5, 6 if is_slow else 8))
         result["anonymous_bytes"] = anonymous_bytes()
         if not is_slow:
-            result["weights_bandwidth"] = weights_bandwidth()
+            result["of_weights_bandwidth"] = share_of_bandwidth()
     return result
 
 
@@ -287,14 +289,16 @@ def measure(shape, rounds, folder, tools, names):
     for name, result in results.items():  # each round's rate against the readings beside it
         result["of_bandwidth"] = statistics.median(
             one["decode_1"] * size / bandwidth for one, bandwidth in zip(seen[name], bandwidths[name]))
-        if "weights_bandwidth" in result:
-            result["of_weights_bandwidth"] = statistics.median(
-                one["decode_1"] * size / one["weights_bandwidth"] for one in seen[name])
     return {"bytes": size, "read_file_s": statistics.median(readings), "contenders": results,
             "bandwidth": statistics.median(sum(bandwidths.values(), []))}
 
 
 COLUMNS = {"decode_1": "B = 1", "decode_8": "B = 8", "decode_32": "B = 32", "prefill": "prompt of 512"}
+
+
+def rate(value):
+    """A rate as it is shown: three digits, whole from 100 on."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def table(shape, result):
@@ -303,7 +307,7 @@ def table(shape, result):
     lines = [f"| {shape}, tokens/s | {titles} | B = 1 of the bandwidth | of its weights' | load, s | anonymous GB |",
              "|---" * (len(COLUMNS) + 5) + "|"]
     for name, one in result["contenders"].items():
-        rates = " | ".join(f"{one[key]:.3g}" if key in one else "" for key in COLUMNS)
+        rates = " | ".join(rate(one[key]) if key in one else "" for key in COLUMNS)
         load = f"{one['load_s']:.2f}" if "load_s" in one else ""
         memory = f"{one['anonymous_bytes'] / 1e9:.2f}" if "anonymous_bytes" in one else ""
         own = f"{one['of_weights_bandwidth']:.0%}" if "of_weights_bandwidth" in one else ""
@@ -312,15 +316,18 @@ def table(shape, result):
 
 
 def plot(results, path):
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.2 * len(results)), layout="constrained")
+    matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters
+    figure = Figure(figsize=(10, 3 * len(results)), layout="constrained")
     for row, (shape, result) in zip(figure.subplots(len(results), len(COLUMNS), squeeze=False), results.items()):
         names = [name for name in result["contenders"] if name not in ("NumPy", "llama.cpp Q8_0")]
         for axes, (key, title) in zip(row, COLUMNS.items()):
             values = [result["contenders"][name][key] for name in names]
             colours = ["tab:blue" if name in OURS else "tab:grey" for name in names]
-            axes.bar_label(axes.barh(names, values, color=colours), fmt=" %.3g")
+            shown = [f"rustinfer, {name}" if name in OURS else name for name in names]
+            axes.bar_label(axes.barh(shown, values, color=colours), labels=[f" {rate(value)}" for value in values])
             axes.set_title(f"{shape}: {title}", fontsize=9)
             axes.spines[["top", "right"]].set_visible(False)
             axes.invert_yaxis()
