@@ -100,14 +100,15 @@ def run_ours(folder, options):
         return LONG_PROMPT / handle.timing.ttft_s
 
     def share_of_bandwidth():
-        """Of one sequence, against reading the same weights just before and after: both change from moment to moment."""
+        """Of one sequence, against reading the same weights just before and after: both change by the moment."""
         model = llm.engine.model
         stacks = [model.head, *(getattr(layer, name) for layer in model.layers
                                 for name in ("qkv", "output", "gate_up", "down"))]
         regions = np.array([(t.ctypes.data, t.nbytes) for stack in stacks for t in stack.tensors], np.int64)
         read = lambda: reader().read_regions(regions.ctypes.data, len(regions), THREADS, 1)
         turns = [(read(), decode(1, 17), read()) for _ in range(9)]
-        return statistics.median(tokens * regions[:, 1].sum() / ((before + after) / 2) for before, tokens, after in turns)
+        size = regions[:, 1].sum()
+        return statistics.median(2 * tokens * size / (before + after) for before, tokens, after in turns)
 
     with llm:
         is_slow = options.get("cpu_kernels") == "off"

@@ -43,7 +43,7 @@ def rates(folder, rounds):
     seen = {}
     for _ in range(rounds):
         for name, options in {"invariant": {}, "free": {"no_batch_invariant": True}}.items():
-            with rustinfer.LLM(folder, device="cpu", **options) as llm:
+            with rustinfer.LLM(folder, device="cpu", cpu_kernels="off", **options) as llm:
                 decode_rate(llm, 1, 4)  # warm up
                 for num_seqs in (1, 32):
                     seen.setdefault((name, num_seqs), []).append(decode_rate(llm, num_seqs))
@@ -62,7 +62,8 @@ def first_token_s(llm, length, meanwhile=None):
 
 def prefill_times(folder, rounds):
     """Medians of the time to first token: a long prompt alone, a short one alone, a short one during a long prefill."""
-    with rustinfer.LLM(folder, device="cpu", max_num_batched_tokens=128, no_prefix_caching=True) as llm:
+    options = dict(max_num_batched_tokens=128, no_prefix_caching=True)
+    with rustinfer.LLM(folder, device="cpu", cpu_kernels="off", **options) as llm:
         long, short, during = [], [], []
         for _ in range(rounds):
             long.append(first_token_s(llm, 1536))
@@ -80,7 +81,7 @@ def measure(rounds):
     results = {"cpus": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
         model = random_checkpoint(Path(folder) / "medium", **MEDIUM)
-        with rustinfer.LLM(model, device="cpu") as llm:
+        with rustinfer.LLM(model, device="cpu", cpu_kernels="off") as llm:
             backend = llm.engine.model.backend
             results |= {"parameters": llm.num_parameters, "threads": backend.threads, "tile": backend.tile}
         for (name, num_seqs), rate in rates(model, rounds).items():
@@ -91,7 +92,7 @@ def measure(rounds):
                 results[f"free_{num_seqs}_tokens_per_s"] / results[f"invariant_{num_seqs}_tokens_per_s"])
         names = "ttft_long_alone_s", "ttft_short_alone_s", "ttft_short_during_long_s"
         results |= zip(names, prefill_times(model, rounds))
-        with rustinfer.LLM(random_checkpoint(Path(folder) / "tiny", **TINY), device="cpu") as llm:
+        with rustinfer.LLM(random_checkpoint(Path(folder) / "tiny", **TINY), device="cpu", cpu_kernels="off") as llm:
             for num_seqs in (1, 64):
                 rate = statistics.median(decode_rate(llm, num_seqs, 200) for _ in range(rounds))
                 results[f"tiny_step_{num_seqs}_s"] = num_seqs / rate
