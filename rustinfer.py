@@ -663,6 +663,12 @@ class Tokenizer:
             return piece.encode() if None in known else bytes(known)
         return bytes([int(piece[3:5], 16)]) if self.is_byte(token_id) else piece.replace("\u2581", " ").encode()
 
+    def shown_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, but of a special token its spelling."""
+        if token_id in self.special_ids:
+            return self.inner.id_to_token(token_id).encode()
+        return self.token_bytes(token_id)
+
     def is_byte(self, token_id: int) -> bool:
         """True for SentencePiece's byte tokens, <0x00> to <0xFF>."""
         return bool(re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self.inner.id_to_token(token_id) or ""))
@@ -2662,9 +2668,10 @@ PENDING = -1  # a token that a launched step draws and nobody has read yet; only
 class Sequence:
     """One prompt and its growing answer: tokens, where their KV lies, and how it may end."""
 
-    def __init__(self, seq_id: int, prompt_token_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b""):
+    def __init__(self, seq_id: int, prompt_token_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b"",
+                 choice: int = 0):
         self.seq_id, self.params, self.seed, self.salt = seq_id, params, seed, salt
-        self.choice = 0  # which of a request's n answers
+        self.choice = choice  # which of a request's n answers
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = math.inf if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
@@ -3317,7 +3324,12 @@ class Handle:
     @property
     def has_news(self) -> bool:
         """True when `take` would not wait; the caller holds `changed`, or takes the answer as a hint."""
-        return bool(self._ready or self.finish_reason)
+        return bool(len(self._ready) >= self._wanted or self.finish_reason)
+
+    def want(self, at_least: int) -> None:
+        """News are so many tokens, until the next `take`."""
+        with self._changed:
+            self._wanted = at_least
 
     @property
     def exhausted(self) -> bool:
@@ -3394,10 +3406,10 @@ class Engine:
     # -- any thread
 
     def submit(self, prompt_token_ids: Seq[int], params: SamplingParams, salt: bytes = b"", param: str = "prompt",
-               changed: threading.Condition | None = None) -> Handle:
+               changed: threading.Condition | None = None, choice: int = 0) -> Handle:
         """Queue a request. Raises APIError when it can never fit, the queue is full or the engine is ending.
 
-        `param` is the request field that errors about the prompt name.
+        `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
         """
         params = self._check(prompt_token_ids, params, param)
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
@@ -3409,7 +3421,7 @@ class Engine:
             if len(self.scheduler.waiting) >= self.config.max_queue:
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
                                      f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
-            seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt)
+            seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt, choice)
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)
@@ -3616,6 +3628,7 @@ class Engine:
 # ==============================================================================
 
 MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
+MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKENS, MAX_METADATA = 8, 64, 256, 16
 ABSENT = (None,)  # values of a field that mean the same as leaving it out
 
 
@@ -3632,28 +3645,33 @@ class Field(NamedTuple):
     neutral: tuple = ABSENT
 
 
-CHAT_FIELDS = {f.name: f for f in (
+SHARED_FIELDS = (  # of every route that generates
     Field("model", "string"),
-    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
     Field("stream", "boolean"),
     Field("stream_options", "object"),
+    Field("n", "integer", 1, MAX_CHOICES),
     Field("max_tokens", "integer", 1, 1 << 31),
-    Field("max_completion_tokens", "integer", 1, 1 << 31),
     Field("temperature", "number", 0, 2),
     Field("top_p", "number", 0, 1),
     Field("top_k", "integer", -1, 1 << 31),
     Field("min_p", "number", 0, 1),
+    Field("frequency_penalty", "number", -2, 2),
+    Field("presence_penalty", "number", -2, 2),
+    Field("repetition_penalty", "number", 0, 10),
+    Field("logit_bias", "object"),
     Field("seed", "integer", -(1 << 63), (1 << 64) - 1),
     Field("stop", "any"),
+    Field("stop_token_ids", "array", 0, MAX_STOP_TOKENS),
     Field("ignore_eos", "boolean"),
     Field("user", "string"),
-    Field("n", "unsupported", neutral=(None, 1)),
-    Field("frequency_penalty", "unsupported", neutral=(None, 0)),
-    Field("presence_penalty", "unsupported", neutral=(None, 0)),
-    Field("repetition_penalty", "unsupported", neutral=(None, 1)),
-    Field("logit_bias", "unsupported", neutral=(None, {})),
-    Field("logprobs", "unsupported", neutral=(None, False)),
-    Field("top_logprobs", "unsupported", neutral=(None, 0)),
+    Field("min_tokens", "unsupported", neutral=(None, 0)),
+)
+CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
+    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("max_completion_tokens", "integer", 1, 1 << 31),
+    Field("logprobs", "boolean"),
+    Field("top_logprobs", "integer", 0, 20, neutral=(None, 0)),
+    Field("metadata", "object"),
     Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
     Field("store", "unsupported", neutral=(None, False)),
     Field("tools", "unsupported", neutral=(None, [])),
@@ -3663,11 +3681,37 @@ CHAT_FIELDS = {f.name: f for f in (
     Field("parallel_tool_calls", "unsupported"),
     Field("modalities", "unsupported", neutral=(None, ["text"])),
     Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
-    Field("metadata", "unsupported", neutral=(None, {})),
     Field("reasoning_effort", "unsupported"),
+    Field("audio", "unsupported"), Field("prediction", "unsupported"), Field("verbosity", "unsupported"),
+    Field("web_search_options", "unsupported"), Field("prompt_cache_key", "unsupported"),
+    Field("prompt_cache_retention", "unsupported"), Field("safety_identifier", "unsupported"),
 )}
+COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
+    Field("prompt", "any", neutral=()),
+    Field("echo", "boolean"),
+    Field("logprobs", "integer", 0, 5),
+    Field("best_of", "unsupported", neutral=(None, 1)),
+    Field("suffix", "unsupported", neutral=(None, "")),
+)}
+TEMPLATE_FIELDS = {f.name: f for f in (
+    Field("model", "string"), Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("add_generation_prompt", "boolean"))}
+TOKENIZE_FIELDS = {**TEMPLATE_FIELDS, **{f.name: f for f in (
+    Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))}}
+DETOKENIZE_FIELDS = {f.name: f for f in (Field("model", "string"), Field("tokens", "array", 0, 1 << 20))}
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
               type(None): "null"}
+
+
+def describe_fields(fields: dict[str, Field]) -> dict[str, dict]:
+    """What a route takes, for clients that ask."""
+    described = {}
+    for name, field in fields.items():
+        limits = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
+        ranged = {} if field.low is None else dict(zip(limits, (field.low, field.high)))
+        known = {"type": field.kind, "supported": True, **ranged}
+        described[name] = {"supported": False} if field.kind == "unsupported" else known
+    return described
 
 
 def check_json(value: Any, depth: int = 1) -> None:
@@ -3839,19 +3883,63 @@ def parse_stream_options(given: dict) -> bool:
     return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
 
 
+def parse_logit_bias(given: dict) -> dict[int, float]:
+    """{"42": -100} as JSON spells it -> {42: -100}; SamplingParams checks the values."""
+    for key in given:
+        if not re.fullmatch(r"[0-9]{1,9}", key, re.ASCII):
+            raise APIError(f"logit_bias has the key {shorten(key)!r}; token ids are expected", "logit_bias")
+    if len({int(key) for key in given}) < len(given):
+        raise APIError("logit_bias names a token twice", "logit_bias")
+    return {int(key): value for key, value in given.items()}
+
+
+def parse_metadata(given: dict) -> dict[str, str]:
+    """Up to 16 strings by name, as OpenAI allows; they go to the log."""
+    if len(given) > MAX_METADATA:
+        raise APIError(f"metadata has {len(given)} entries; {MAX_METADATA} are allowed", "metadata")
+    for key, value in given.items():
+        if not isinstance(value, str):
+            kind = TYPE_NAMES[type(value)]
+            raise InvalidTypeError(f"metadata[{shorten(key)!r}] is of type {kind}; string is expected", "metadata")
+        if len(key) > 64 or len(value) > 512:
+            raise APIError("metadata may have keys of 64 and values of 512 characters", "metadata")
+    return given
+
+
 @dataclass(frozen=True)
-class ChatRequest:
-    """A checked POST (or GET) /v1/chat/completions."""
+class GenerationRequest:
+    """A checked request for text: of the chat route with messages, of the completions route with prompts."""
 
     model: str | None
-    messages: list[dict]
     params: SamplingParams
+    n: int
     stream: bool
     include_usage: bool
     user: str
+    metadata: dict[str, str]
+    messages: list[dict] = ()
+    prompts: list[str | list[int]] = ()
+    echo: bool = False
 
 
-def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
+PASSED_ON = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
+             "seed", "ignore_eos")  # to SamplingParams as they are
+
+
+def parse_generation(given: dict, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None,
+                     **parts: Any) -> GenerationRequest:
+    """What all routes have in common."""
+    options = {name: given[name] for name in PASSED_ON if name in given}
+    if "logit_bias" in given:
+        options["logit_bias"] = parse_logit_bias(given["logit_bias"])
+    params = dataclasses.replace(defaults, max_tokens=max_tokens, stop=parse_stop(given.get("stop")), logprobs=logprobs,
+                                 stop_token_ids=tuple(given.get("stop_token_ids", ())), **options)
+    return GenerationRequest(given.get("model"), params, given.get("n", 1), given.get("stream", False),
+                             parse_stream_options(given), given.get("user", ""),
+                             parse_metadata(given.get("metadata", {})), **parts)
+
+
+def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
     """The typed request; raises APIError naming the first field that is wrong."""
     given = check_fields(values, CHAT_FIELDS)
     if "messages" not in given:
@@ -3859,29 +3947,57 @@ def parse_chat(values: dict, defaults: SamplingParams) -> ChatRequest:
     limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
     if len(limits) > 1:
         raise APIError("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
-    if given.get("top_p") == 0:
-        raise APIError("top_p is 0; it must be above 0", "top_p")
-    options = {name: given[name] for name in ("temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos")
-               if name in given}
-    params = dataclasses.replace(defaults, max_tokens=limits.pop() if limits else None,
-                                 stop=parse_stop(given.get("stop")), **options)
-    return ChatRequest(given.get("model"), parse_messages(given["messages"]), params, given.get("stream", False),
-                       parse_stream_options(given), given.get("user", ""))
+    if "top_logprobs" in given and not given.get("logprobs"):
+        raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
+    logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    return parse_generation(given, defaults, limits.pop() if limits else None, logprobs,
+                            messages=parse_messages(given["messages"]))
 
 
-def usage_object(answer: Answer) -> dict:
-    """Token counts, and the timing of this request as the seed reports it."""
-    seq, timing = answer.handle.seq, answer.handle.timing
-    completion, seconds = len(answer.tokens), timing.prefill_s + timing.decode_s
+def parse_prompts(value: Any) -> list[str | list[int]]:
+    """A string, strings, token ids or lists of token ids, as a list of prompts."""
+    is_ids = lambda item: isinstance(item, list) and all(type(one) is int for one in item)
+    listed = [value] if isinstance(value, str) or value and is_ids(value) else value
+    if not isinstance(listed, list) or not all(isinstance(item, str) or is_ids(item) for item in listed):
+        raise InvalidTypeError(f"prompt is {shorten(value)}; text, token ids or a list of such is expected", "prompt")
+    if not 1 <= len(listed) <= MAX_PROMPTS:
+        raise APIError(f"prompt has {len(listed)} entries; from 1 to {MAX_PROMPTS} are allowed", "prompt")
+    return listed
+
+
+def parse_completion(values: dict, defaults: SamplingParams) -> GenerationRequest:
+    """The typed request of the completions route; max_tokens is 16 there unless given, as at OpenAI."""
+    given = check_fields(values, COMPLETION_FIELDS)
+    if "prompt" not in given:
+        raise APIError("prompt is missing; a string or token ids are expected", "prompt")
+    if given.get("echo") and "logprobs" in given:
+        raise UnsupportedError("echo with logprobs is not supported yet", "echo")
+    return parse_generation(given, defaults, given.get("max_tokens", 16), given.get("logprobs"),
+                            prompts=parse_prompts(given["prompt"]), echo=given.get("echo", False))
+
+
+def usage_object(group: Group) -> dict:
+    """Token counts over all choices, each prompt once, and the timing of this request as the seed reports it."""
+    timings = [answer.handle.timing for answer in group.answers]
+    first = group.answers[:: group.n]  # one a prompt
+    prompt, completion = (sum(answer.handle.seq.num_prompt_tokens for answer in first),
+                          sum(len(answer.tokens) for answer in group.answers))
+    prefill, decode = max(timing.prefill_s for timing in timings), max(timing.decode_s for timing in timings)
     return {
-        "prompt_tokens": seq.num_prompt_tokens, "completion_tokens": completion,
-        "total_tokens": seq.num_prompt_tokens + completion,
-        "prompt_tokens_details": {"cached_tokens": seq.num_cached_tokens},
+        "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(answer.handle.seq.num_cached_tokens for answer in first)},
         "performance": {
-            "queue_ms": round(timing.queue_s * 1000, 3), "prefill_ms": round(timing.prefill_s * 1000, 3),
-            "decode_ms": round(timing.decode_s * 1000, 3), "decode_iterations": max(0, completion - 1),
-            "tokens_per_second": round(completion / seconds, 2) if seconds else 0.0,
-            "time_to_first_token_ms": round(timing.ttft_s * 1000, 3)}}
+            "queue_ms": round(timings[0].queue_s * 1000, 3), "prefill_ms": round(prefill * 1000, 3),
+            "decode_ms": round(decode * 1000, 3),
+            "decode_iterations": max(0, max(len(answer.tokens) for answer in group.answers) - 1),
+            "tokens_per_second": round(completion / (prefill + decode), 2) if prefill + decode else 0.0,
+            "time_to_first_token_ms": round(timings[0].ttft_s * 1000, 3)}}
+
+
+def server_timing(group: Group) -> str:
+    """The Server-Timing header (W3C), in milliseconds."""
+    performance = usage_object(group)["performance"]
+    return ", ".join(f"{name};dur={performance[name + '_ms']:g}" for name in ("queue", "prefill", "decode"))
 
 
 def event(value: dict) -> bytes:
@@ -3889,40 +4005,126 @@ def event(value: dict) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-class ChatAnswer:
-    """Builds the objects of one chat answer: all carry the same id, created and model."""
+class Reply:
+    """Builds the objects of one answer with its choices: all carry the same id, created and model."""
 
-    def __init__(self, answer: Answer, model: str, include_usage: bool):
-        self.answer, self.id, self._include_usage = answer, "chatcmpl-" + secrets.token_hex(12), include_usage
-        self._head = {"id": self.id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model,
+    PREFIX = OBJECT = CHUNK = ""
+
+    def __init__(self, group: Group, model: str, include_usage: bool = False):
+        self.group, self.id, self._include_usage = group, self.PREFIX + secrets.token_hex(12), include_usage
+        self._head = {"id": self.id, "object": self.CHUNK, "created": int(time.time()), "model": model,
                       "system_fingerprint": f"rustinfer-{__version__}"}
-        before, after = self._event(self._choice({"content": "@"}, None)).rsplit(b'"@"', 1)
-        self._text_before, self._text_after = before, after  # a text event is these around the text
+        self._frames = [self._frame(index) for index in range(len(group.places))]
 
-    def completion(self) -> dict:
-        message = {"role": "assistant", "content": self.answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": self.answer.finish_reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage_object(self.answer)}
+    def _frame(self, index: int) -> list[bytes]:
+        """What stands before and after the text in a text event."""
+        return self._event(self._chunk(index, "@", None, None)).rsplit(b'"@"', 1)
 
-    @staticmethod
-    def _choice(delta: dict, finish_reason: str | None) -> list[dict]:
-        return [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}]
+    def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
+        """A choice of an event."""
+        raise NotImplementedError
 
-    def _event(self, choices: list[dict]) -> bytes:
+    def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
+        """The log-probabilities of some tokens of a choice as the route shows them; None unless asked for."""
+        raise NotImplementedError
+
+    def whole(self) -> dict:
+        """The answer at once."""
+        choices = [self._choice(index, answer) for index, answer in enumerate(self.group.answers)]
+        return {**self._head, "object": self.OBJECT, "choices": choices, "usage": usage_object(self.group)}
+
+    def _event(self, choice: dict) -> bytes:
         usage = {"usage": None} if self._include_usage else {}
-        return event({**self._head, "choices": choices, **usage})
+        return event({**self._head, "choices": [choice], **usage})
 
-    def first_event(self) -> bytes:
-        return self._event(self._choice({"role": "assistant", "content": ""}, None))
+    def first_events(self) -> bytes:
+        """What comes before any text."""
+        return b""
 
-    def text_event(self, text: str) -> bytes:
-        return self._text_before + json.dumps(text).encode() + self._text_after
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        """Text of a choice, with its tokens' log-probabilities where those are wanted."""
+        answer = self.group.places[index]
+        if answer.wants_logprobs and tokens:
+            return self._event(self._chunk(index, text, self._logprobs(index, tokens), None))
+        if not text:
+            return b""
+        before, after = self._frames[index]
+        return before + json.dumps(text).encode() + after
+
+    def end_event(self, index: int) -> bytes:
+        """A choice is complete."""
+        return self._event(self._chunk(index, "", None, self.group.places[index].finish_reason))
 
     def last_events(self) -> bytes:
-        events = self._event(self._choice({}, self.answer.finish_reason))
-        if self._include_usage:
-            events += event({**self._head, "choices": [], "usage": usage_object(self.answer)})
-        return events + b"data: [DONE]\n\n"
+        usage = event({**self._head, "choices": [], "usage": usage_object(self.group)}) if self._include_usage else b""
+        return usage + b"data: [DONE]\n\n"
+
+
+class ChatReply(Reply):
+    """chat.completion and its chunks."""
+
+    PREFIX, OBJECT, CHUNK = "chatcmpl-", "chat.completion", "chat.completion.chunk"
+
+    def _choice(self, index: int, answer: Answer) -> dict:
+        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        return {"index": index, "message": message, "logprobs": self._logprobs(index, answer.shown_tokens),
+                "finish_reason": answer.finish_reason}
+
+    def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
+        delta = {} if finish_reason else {"content": text}
+        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def first_events(self) -> bytes:
+        delta = {"role": "assistant", "content": ""}
+        roles = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+                 for index in range(len(self.group.places))]
+        return b"".join(map(self._event, roles))
+
+    def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
+        answer = self.group.places[index]
+        if not answer.wants_logprobs:
+            return None
+        return {"content": [{**answer.logprob_entry(token.token_id, token.logprob),
+                             "top_logprobs": [answer.logprob_entry(*pair) for pair in token.top]} for token in tokens],
+                "refusal": None}
+
+
+class CompletionReply(Reply):
+    """text_completion, whole and in chunks."""
+
+    PREFIX, OBJECT, CHUNK = "cmpl-", "text_completion", "text_completion"
+
+    def __init__(self, group: Group, model: str, include_usage: bool = False, echoed: Seq[str] = ()):
+        self._echoed = echoed  # by prompt, where the prompt is to be shown
+        super().__init__(group, model, include_usage)
+        self._offsets = [len(self._echo(index)) for index in range(len(group.places))]  # of the next token's text
+
+    def _echo(self, index: int) -> str:
+        return self._echoed[index // self.group.n] if self._echoed else ""
+
+    def _choice(self, index: int, answer: Answer) -> dict:
+        return self._chunk(index, self._echo(index) + answer.text, self._logprobs(index, answer.shown_tokens),
+                           answer.finish_reason)
+
+    def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+
+    def first_events(self) -> bytes:
+        return b"".join(self.text_event(index, self._echo(index)) for index in range(len(self.group.places)))
+
+    def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
+        answer = self.group.places[index]
+        if not answer.wants_logprobs:
+            return None
+        shown, offsets = [answer.logprob_entry(token.token_id, token.logprob) for token in tokens], []
+        for entry in shown:
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(entry["token"])
+        listed = [[answer.logprob_entry(*pair) for pair in (*token.top, (token.token_id, token.logprob))]
+                  for token in tokens]
+        tops = [{entry["token"]: entry["logprob"] for entry in entries} for entries in listed]
+        return {"tokens": [entry["token"] for entry in shown], "token_logprobs": [entry["logprob"] for entry in shown],
+                "top_logprobs": tops, "text_offset": offsets}
 
 
 # ==============================================================================
@@ -3984,8 +4186,9 @@ class RequestOutput:
 class Answer:
     """One running request seen as text: turns its tokens into text, finds stop strings, collects the result."""
 
-    def __init__(self, tokenizer: Tokenizer, handle: Handle):
+    def __init__(self, tokenizer: Tokenizer, handle: Handle, eos_token_ids: Iterable[int] = ()):
         self.handle, self._tokenizer, self._params = handle, tokenizer, handle.seq.params
+        self._eos = frozenset(eos_token_ids)
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopMatcher(handle.seq.params.stop)
         self.tokens: list[Sampled] = []
         self.text = ""
@@ -4018,6 +4221,24 @@ class Answer:
         self.text += "".join(text for text, _ in parts)
         return parts
 
+    @property
+    def wants_logprobs(self) -> bool:
+        return self._params.logprobs is not None
+
+    @property
+    def shown_tokens(self) -> list[Sampled]:
+        """The tokens that the text is made of: all but one that ended it."""
+        return [token for token in self.tokens if self.is_shown(token)]
+
+    def is_shown(self, token: Sampled) -> bool:
+        ends = self._params.stop_token_ids if self._params.ignore_eos else (*self._params.stop_token_ids, *self._eos)
+        return token.token_id not in ends
+
+    def logprob_entry(self, token_id: int, logprob: float) -> dict:
+        """A token as OpenAI's objects show it; -9999 stands for minus infinity, which JSON has not."""
+        spelled = self._tokenizer.shown_bytes(token_id)
+        return {"token": spelled.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(spelled)}
+
     def _end_of(self, reason: str) -> tuple[str, str | int | None]:
         if self._matcher.matched is not None:
             return "stop", self._matcher.matched
@@ -4044,6 +4265,69 @@ class Answer:
         values = {token.token_id: token.logprob, **dict(token.top)}
         return {token_id: Logprob(value, ranks.get(token_id), self._tokenizer.decode([token_id]))
                 for token_id, value in values.items()}
+
+
+class Group:
+    """The answers of one request: n choices of each prompt, side by side.
+
+    A prompt's first choice computes it. The others begin once that one has a token, and find the prompt's blocks in the
+    cache. One thread reads a group; any may abort it.
+    """
+
+    def __init__(self, llm: LLM, prompts: Seq[Seq[int]], params: SamplingParams, n: int = 1, param: str = "prompt"):
+        seed = secrets.randbits(63) if params.seed is None else params.seed  # of all choices: their numbers differ
+        self.n, self._llm, self._param = n, llm, param
+        self._params, self._prompts = dataclasses.replace(params, seed=seed), prompts
+        self._changed, self._aborted = threading.Condition(), False
+        self.places: list[Answer | None] = [None] * (len(prompts) * n)
+        try:
+            for place in range(0, len(self.places), n):
+                self._start(place)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _start(self, place: int) -> None:
+        prompt, choice = self._prompts[place // self.n], place % self.n
+        self.places[place] = self._llm.submit(prompt, self._params, self._param, self._changed, choice)
+        if self._aborted:  # while it was being queued
+            self.abort()
+
+    @property
+    def answers(self) -> list[Answer]:
+        """By prompt, then choice; of a group that has not begun them all, those that there are."""
+        return [answer for answer in self.places if answer]
+
+    @property
+    def finished(self) -> set[int]:
+        """The places whose answers are complete."""
+        return {place for place, answer in enumerate(self.places) if answer and answer.finish_reason is not None}
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.finished) == len(self.places)
+
+    def abort(self) -> None:
+        self._aborted = True
+        for answer in self.answers:
+            answer.handle.abort()
+
+    def advance(self, timeout: float | None = None, at_least: int = 1) -> list[tuple[int, str, list[Sampled]]]:
+        """What came since the last call as (place, text, tokens); waits like `Answer.advance`, for any of them."""
+        if len(self.places) == 1:
+            return [(0, *part) for part in self.places[0].advance(timeout, at_least)]
+        running = [(place, answer) for place, answer in enumerate(self.places)
+                   if answer and answer.finish_reason is None]
+        for _, answer in running:  # of a first choice its first token: the others wait for it
+            answer.handle.want(at_least if answer.tokens or self.n == 1 else 1)
+        with self._changed:
+            self._changed.wait_for(lambda: any(answer.handle.has_news for _, answer in running), timeout)
+        parts = [(place, *part) for place, answer in running for part in answer.advance(timeout=0)]
+        for place, answer in running:
+            if place % self.n == 0 and answer.tokens and None in self.places[place : place + self.n]:
+                for sibling in range(place + 1, place + self.n):
+                    self._start(sibling)
+        return parts
 
 
 def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
@@ -4158,7 +4442,7 @@ class LLM:
         return dataclasses.replace(sampling_params or self.default_params, **options)
 
     def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
-               changed: threading.Condition | None = None) -> Answer:
+               changed: threading.Condition | None = None, choice: int = 0) -> Answer:
         """Queue one prompt: text, a list of token ids, or vLLM's {"prompt_token_ids": [...]}."""
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
@@ -4167,7 +4451,8 @@ class LLM:
                 f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
         prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        return Answer(self.tokenizer, self.engine.submit(token_ids, params, param=param, changed=changed))
+        handle = self.engine.submit(token_ids, params, param=param, changed=changed, choice=choice)
+        return Answer(self.tokenizer, handle, self.engine.eos_token_ids)
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
                  **options: Any) -> list[RequestOutput] | Iterator[Piece]:
@@ -4742,7 +5027,7 @@ class Server:
                  max_connections: int = 400):
         self._llm, self.draining, self._cors = llm, False, {origin.strip() for origin in cors_origins.split(",")}
         self.connections: set[RequestHandler] = set()
-        self._answers: set[Answer] = set()
+        self._groups: set[Group] = set()
         self._probe = MachineProbe(self._card_index(llm))
         self._http = HTTPServer(self, host, port, max_connections)
         self._watcher = Watcher()
@@ -4778,8 +5063,8 @@ class Server:
         self.draining = True
         deadline = time.monotonic() + drain_timeout
         self._wait(lambda: not self._busy() or time.monotonic() > deadline)
-        for answer in list(self._answers):
-            answer.handle.abort()
+        for group in list(self._groups):
+            group.abort()
         self._wait(lambda: not self._busy() or time.monotonic() > deadline + 2)  # they write their last event
         http_server, self._http = self._http, None
         http_server.shutdown()
@@ -4806,6 +5091,9 @@ class Server:
             "/health": {"GET": self._health}, "/ready": {"GET": self._ready}, "/v1/metrics": {"GET": self._metrics},
             "/v1/models": {"GET": self._models}, "/": {"GET": self._page},
             "/v1/chat/completions": {"GET": self._chat_by_query, "POST": self._chat},
+            "/v1/completions": {"POST": self._completions}, "/version": {"GET": self._version},
+            "/tokenize": {"POST": self._tokenize}, "/detokenize": {"POST": self._detokenize},
+            "/apply-template": {"POST": self._apply_template}, "/v1/capabilities": {"GET": self._capabilities},
         }
         routes = {"GET": self._model} if path.startswith("/v1/models/") else table.get(path)
         if method == "OPTIONS" and (routes or path == "*"):
@@ -4830,7 +5118,7 @@ class Server:
         else:
             origin = request.headers.get("origin") if request else None
             allowed = {"Vary": "Origin", **({"Access-Control-Allow-Origin": origin} if origin in self._cors else {})}
-        return {**allowed, "Access-Control-Expose-Headers": "x-request-id"}
+        return {**allowed, "Access-Control-Expose-Headers": "x-request-id, Server-Timing"}
 
     def _options(self, handler: RequestHandler, routes: dict) -> None:
         allow = self._allow(routes)
@@ -4901,65 +5189,144 @@ class Server:
         values = {"stream": True, **parse_query(handler.http.query, CHAT_FIELDS)}
         self._answer_chat(handler, llm, parse_chat(values, llm.default_params))
 
-    def _answer_chat(self, handler: RequestHandler, llm: LLM, request: ChatRequest) -> None:
+    def _answer_chat(self, handler: RequestHandler, llm: LLM, request: GenerationRequest) -> None:
         self._check_model(llm, request.model)
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
-        handler.note = f"user={json.dumps(shorten(request.user, 64))}" if request.user else ""
-        answer = llm.submit(llm.template.encode(request.messages), request.params, param="messages")
-        chat = ChatAnswer(answer, llm.name, request.include_usage)
-        self._answers.add(answer)
-        self._watcher.add(handler.connection, answer.handle.abort)
+        prompt = llm.template.encode(request.messages)
+        self._generate(handler, llm, request, [prompt], "messages", ChatReply)
+
+    def _completions(self, handler: RequestHandler) -> None:
+        llm = self._ready_llm()
+        request = parse_completion(handler.read_json(), llm.default_params)
+        self._check_model(llm, request.model)
+        encode = llm.tokenizer.encode_prompt
+        prompts = [encode(prompt) if isinstance(prompt, str) else prompt for prompt in request.prompts]
+        for prompt in prompts if request.echo else ():
+            self._check_token_ids(llm, prompt, "prompt")
+        echoed = [prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
+                  for prompt in request.prompts] if request.echo else ()
+        self._generate(handler, llm, request, prompts, "prompt", functools.partial(CompletionReply, echoed=echoed))
+
+    def _generate(self, handler: RequestHandler, llm: LLM, request: GenerationRequest, prompts: Seq[Seq[int]],
+                  param: str, make_reply: Callable[..., Reply]) -> None:
+        """Run the prompts and answer, whole or in events; whatever happens, nothing of them runs on."""
+        named = {"user": shorten(request.user, 64)} if request.user else {}
+        named |= {"metadata": request.metadata} if request.metadata else {}
+        handler.note = " ".join(f"{name}={json.dumps(value)}" for name, value in named.items())
+        group = Group(llm, prompts, request.params, request.n, param)
+        self._groups.add(group)
+        self._watcher.add(handler.connection, group.abort)
         try:
-            (self._stream if request.stream else self._complete)(handler, llm, chat)
+            if request.stream:
+                self._stream(handler, llm, group, lambda: make_reply(group, llm.name, request.include_usage))
+            else:
+                self._complete(handler, request, group, lambda: make_reply(group, llm.name))
         finally:
             self._watcher.discard(handler.connection)
-            self._answers.discard(answer)
-            answer.handle.abort()
-            handler.note = f"{handler.note} {self._describe(answer)}".strip()
+            self._groups.discard(group)
+            group.abort()
+            handler.note = f"{handler.note} {self._describe(group)}".strip()
 
-    def _complete(self, handler: RequestHandler, llm: LLM, chat: ChatAnswer) -> None:
-        answer = chat.answer
-        rarely = 8 if answer.handle.seq.params.stop else 1 << 31  # only stop strings need a look before the end
-        while answer.finish_reason is None:
-            answer.advance(at_least=rarely)
-        self._check_finished(answer)
-        handler.respond_json(chat.completion())
+    def _complete(self, handler: RequestHandler, request: GenerationRequest, group: Group,
+                  make_reply: Callable[[], Reply]) -> None:
+        rarely = 8 if request.params.stop else 1 << 31  # only stop strings need a look before the end
+        while not group.is_finished:
+            group.advance(at_least=rarely)
+            self._check_running(group)
+        handler.respond_json(make_reply().whole(), headers={"Server-Timing": server_timing(group)})
 
-    def _stream(self, handler: RequestHandler, llm: LLM, chat: ChatAnswer) -> None:
+    def _stream(self, handler: RequestHandler, llm: LLM, group: Group, make_reply: Callable[[], Reply]) -> None:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
-        answer, interval = chat.answer, llm.config.stream_interval
-        parts = answer.advance(PING_INTERVAL)
-        self._check_finished(answer)  # before the first byte an error has a status of its own
+        interval, ended = llm.config.stream_interval, set()
+        parts = group.advance(PING_INTERVAL)
+        self._check_running(group)  # before the first byte an error has a status of its own
         handler.start_stream()
-        events = chat.first_event()
-        written = time.monotonic()
+        reply = make_reply()
+        events, written = reply.first_events(), time.monotonic()
         while True:
             woken = time.monotonic()
-            events += b"".join([chat.text_event(text) for text, _ in parts if text])
-            if answer.finish_reason is not None:
+            events += b"".join([reply.text_event(place, text, shown) for place, text, shown in parts])
+            for place in sorted(group.finished - ended):
+                events += reply.end_event(place)
+            ended |= group.finished
+            if group.is_finished:
                 break
             if events or woken - written >= PING_INTERVAL:
                 written = woken
                 handler.write_stream(events or b": ping\n\n")
-            if answer.tokens:
+            if group.answers[0].tokens:
                 time.sleep(max(0.0, interval - (time.monotonic() - woken)))
-            parts, events = answer.advance(PING_INTERVAL), b""
-        self._check_finished(answer)
-        handler.write_stream(events + chat.last_events())
+            parts, events = group.advance(PING_INTERVAL), b""
+            self._check_running(group)
+        handler.write_stream(events + reply.last_events())
         handler.end_stream()
 
-    def _check_finished(self, answer: Answer) -> None:
+    def _check_running(self, group: Group) -> None:
         """An aborted answer has no client, or the server is ending."""
-        if answer.finish_reason == "abort":
+        if any(answer.finish_reason == "abort" for answer in group.answers):
             raise self._shutting_down() if self.draining else Disconnected
 
+    # -- utilities
+
+    def _capabilities(self, handler: RequestHandler) -> None:
+        """The model and its limits, and the fields of each route as they are checked."""
+        llm = self._ready_llm()
+        tables = {"/v1/chat/completions": CHAT_FIELDS, "/v1/completions": COMPLETION_FIELDS,
+                  "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS, "/apply-template": TEMPLATE_FIELDS}
+        handler.respond_json({"model": llm.name, "max_model_len": llm.max_model_len, "version": __version__,
+                              "routes": {path: describe_fields(fields) for path, fields in tables.items()}})
+
+    def _version(self, handler: RequestHandler) -> None:
+        handler.respond_json({"version": __version__})
+
     @staticmethod
-    def _describe(answer: Answer) -> str:
-        seq, timing = answer.handle.seq, answer.handle.timing
-        return (f"prompt={seq.num_prompt_tokens} cached={seq.num_cached_tokens} completion={len(answer.tokens)} "
+    def _check_token_ids(llm: LLM, token_ids: list, param: str) -> None:
+        size = llm.model_config.vocab_size
+        if not all(type(token_id) is int and 0 <= token_id < size for token_id in token_ids):
+            raise APIError(f"{param} must hold token ids, whole numbers from 0 to {size - 1}", param)
+
+    def _tokenize(self, handler: RequestHandler) -> None:
+        """As vLLM's: of a text, or of messages as the chat route would render them."""
+        llm, given = self._ready_llm(), check_fields(handler.read_json(), TOKENIZE_FIELDS)
+        self._check_model(llm, given.get("model"))
+        if ("prompt" in given) == ("messages" in given):
+            raise APIError("give either prompt or messages", "prompt")
+        if "messages" in given:
+            ids = llm.template.encode(parse_messages(given["messages"]), given.get("add_generation_prompt", True))
+        else:
+            encode = llm.tokenizer.encode_prompt if given.get("add_special_tokens", True) else llm.tokenizer.encode
+            ids = encode(given["prompt"])
+        shown = [llm.tokenizer.shown_bytes(token_id).decode(errors="replace") for token_id in ids]
+        handler.respond_json({"count": len(ids), "max_model_len": llm.max_model_len, "tokens": ids,
+                              "token_strs": shown if given.get("return_token_strs") else None})
+
+    def _detokenize(self, handler: RequestHandler) -> None:
+        llm, given = self._ready_llm(), check_fields(handler.read_json(), DETOKENIZE_FIELDS)
+        self._check_model(llm, given.get("model"))
+        if "tokens" not in given:
+            raise APIError("tokens is missing; a list of token ids is expected", "tokens")
+        self._check_token_ids(llm, given["tokens"], "tokens")
+        handler.respond_json({"prompt": llm.tokenizer.decode(given["tokens"])})
+
+    def _apply_template(self, handler: RequestHandler) -> None:
+        """The prompt of a conversation as text, without running it."""
+        llm, given = self._ready_llm(), check_fields(handler.read_json(), TEMPLATE_FIELDS)
+        self._check_model(llm, given.get("model"))
+        if "messages" not in given:
+            raise APIError("messages is missing; a list of at least one message is expected", "messages")
+        messages = parse_messages(given["messages"])
+        handler.respond_json({"prompt": llm.template.render(messages, given.get("add_generation_prompt", True))})
+
+    @staticmethod
+    def _describe(group: Group) -> str:
+        first = group.answers[0]
+        seq, timing, reasons = first.handle.seq, first.handle.timing, [
+            answer.finish_reason or answer.handle.finish_reason or "abort" for answer in group.answers]
+        return (f"prompt={seq.num_prompt_tokens} cached={seq.num_cached_tokens} "
+                f"completion={sum(len(answer.tokens) for answer in group.answers)} "
                 f"queue={timing.queue_s * 1000:.1f}ms first_token={timing.ttft_s * 1000:.1f}ms "
-                f"finish={answer.finish_reason or answer.handle.finish_reason or 'abort'}")
+                f"finish={','.join(reasons)}")
 
 
 # ==============================================================================

@@ -6,8 +6,8 @@ import time
 import pytest
 import rustinfer
 from hypothesis import given, settings, strategies
-from rustinfer import (CHAT_FIELDS, MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOP_LENGTH, MAX_STOPS, APIError, ChatAnswer,
-                       InvalidTypeError, SamplingParams, UnsupportedError, parse_chat, parse_json, parse_query)
+from rustinfer import (CHAT_FIELDS, MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOP_LENGTH, MAX_STOPS, APIError, ChatReply,
+                       Group, InvalidTypeError, SamplingParams, UnsupportedError, parse_chat, parse_json, parse_query)
 
 USER = [{"role": "user", "content": "Hello"}]
 
@@ -102,7 +102,8 @@ class TestFields:
         ("max_tokens", 1), ("max_tokens", 1 << 31), ("max_completion_tokens", 7), ("temperature", 0),
         ("temperature", 2), ("temperature", 0.3),
         ("top_p", 1), ("top_p", 0.0001), ("top_k", -1), ("top_k", 0), ("top_k", 50), ("min_p", 0), ("min_p", 1),
-        ("seed", 0),
+        ("seed", 0), ("frequency_penalty", -2), ("frequency_penalty", 0.5), ("presence_penalty", 2),
+        ("repetition_penalty", 0.1), ("repetition_penalty", 10),
         ("seed", -(1 << 63)), ("seed", (1 << 64) - 1), ("ignore_eos", True), ("ignore_eos", False)])
     def test_values_in_range_reach_the_sampling_params(self, name, value):
         params = chat(**{name: value}).params
@@ -112,7 +113,12 @@ class TestFields:
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1 << 40), ("max_completion_tokens", 0),
         ("temperature", -0.1), ("temperature", 2.1),
         ("temperature", 10**400), ("top_p", 0), ("top_p", 0.0), ("top_p", -1), ("top_p", 1.01), ("top_k", -2),
-        ("min_p", 1.5), ("min_p", -1),
+        ("min_p", 1.5), ("min_p", -1), ("n", 0), ("n", 9), ("n", 10**6), ("frequency_penalty", 2.1),
+        ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 10.1),
+        ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": 101}),
+        ("logit_bias", {"1": 1, "01": 2}),
+        ("top_logprobs", 21), ("top_logprobs", 1), ("metadata", {str(i): "" for i in range(17)}),
+        ("metadata", {"k" * 65: ""}), ("metadata", {"k": "v" * 513}), ("stop_token_ids", [1] * 257),
         ("seed", 1 << 64), ("seed", -(1 << 63) - 1), ("messages", []), ("messages", USER * (MAX_MESSAGES + 1)),
         ("stop", ""), ("stop", ["a", ""]),
         ("stop", ["x"] * (MAX_STOPS + 1)), ("stop", "x" * (MAX_STOP_LENGTH + 1))])
@@ -129,6 +135,9 @@ class TestFields:
         ("seed", 1.5), ("seed", False),
         ("stop", 5), ("stop", 0), ("stop", False), ("stop", {}), ("stop", [1]), ("stop", [None]),
         ("stop", ["a", ["b"]]), ("ignore_eos", 0),
+        ("n", True), ("n", 1.5), ("frequency_penalty", False), ("logit_bias", []), ("logit_bias", {"1": "2"}),
+        ("logprobs", 0), ("logprobs", 5), ("top_logprobs", False), ("metadata", []), ("metadata", {"a": 1}),
+        ("stop_token_ids", 5), ("stop_token_ids", ["a"]), ("stop_token_ids", [True]),
         ("user", 7)])
     def test_wrong_types_are_refused_by_name(self, name, value):
         error = error_of(chat, **{name: value})
@@ -148,10 +157,7 @@ class TestFields:
         assert chat(**{name: value}) == chat()
 
     @pytest.mark.parametrize("name, value", [
-        ("n", 2), ("n", 10**6), ("n", True), ("n", 0), ("frequency_penalty", 0.1), ("frequency_penalty", False),
-        ("presence_penalty", -2),
-        ("repetition_penalty", 1.1), ("logit_bias", {"5": 1}), ("logprobs", True), ("logprobs", 0),
-        ("top_logprobs", 3), ("top_logprobs", False),
+        ("min_tokens", 3),
         ("response_format", {"type": "json_object"}), ("store", True), ("tools", [{"type": "function"}]),
         ("tool_choice", "auto"),
         ("reasoning_effort", "low"), ("parallel_tool_calls", True), ("best_of", 2), ("no_such_field", 1),
@@ -167,7 +173,8 @@ class TestFields:
     def test_every_sampling_field_of_the_api_is_one_of_sampling_params(self):
         names = {item.name for item in dataclasses.fields(SamplingParams)}
         known = {name for name, field in CHAT_FIELDS.items() if field.kind != "unsupported"}
-        assert known - names == {"model", "messages", "stream", "stream_options", "max_completion_tokens", "user"}
+        assert known - names == {"model", "messages", "stream", "stream_options", "max_completion_tokens", "user", "n",
+                                 "top_logprobs", "metadata"}
 
     def test_two_equal_limits_agree_and_different_ones_do_not(self):
         assert chat(max_tokens=5, max_completion_tokens=5).params.max_tokens == 5
@@ -306,46 +313,45 @@ class TestAnyInput:
         self.attempt(parse_query, f"{name}={text}", CHAT_FIELDS)
 
 
-class TestChatAnswer:
+class TestChatReply:
     @pytest.fixture
-    def answer(self, tiny_llm):
+    def group(self, tiny_llm):
         """A finished answer of five tokens."""
         params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
-        answer = tiny_llm.submit("Hello", params)
-        while answer.finish_reason is None:
-            answer.advance()
-        return answer
+        group = Group(tiny_llm, ["Hello"], params)
+        while not group.is_finished:
+            group.advance()
+        return group
 
     @staticmethod
     def payload(event: bytes) -> dict:
         assert event.startswith(b"data: ") and event.endswith(b"\n\n") and event.count(b"\n") == 2
         return json.loads(event[6:])
 
-    def test_completion_has_the_documented_shape(self, answer):
-        body = ChatAnswer(answer, "m", False).completion()
+    def test_completion_has_the_documented_shape(self, group):
+        body = ChatReply(group, "m").whole()
         assert body["id"].startswith("chatcmpl-") and body["object"] == "chat.completion" and body["model"] == "m"
         assert abs(body["created"] - time.time()) < 60 and body["system_fingerprint"].startswith("rustinfer-")
         assert body["choices"] == [{"index": 0,
-                                    "message": {"role": "assistant", "content": answer.text, "refusal": None},
+                                    "message": {"role": "assistant", "content": group.answers[0].text, "refusal": None},
                                     "logprobs": None, "finish_reason": "length"}]
 
-    def test_usage_counts_and_times(self, answer):
-        usage = ChatAnswer(answer, "m", False).completion()["usage"]
+    def test_usage_counts_and_times(self, group):
+        usage, seq = ChatReply(group, "m").whole()["usage"], group.answers[0].handle.seq
         performance = usage.pop("performance")
-        prompt = answer.handle.seq.num_prompt_tokens
+        prompt = seq.num_prompt_tokens
         assert usage == {"prompt_tokens": prompt, "completion_tokens": 5, "total_tokens": prompt + 5,
-                         "prompt_tokens_details": {"cached_tokens": answer.handle.seq.num_cached_tokens}}
+                         "prompt_tokens_details": {"cached_tokens": seq.num_cached_tokens}}
         assert performance["decode_iterations"] == 4
         seconds = (performance["prefill_ms"] + performance["decode_ms"]) / 1000
         assert performance["tokens_per_second"] == pytest.approx(5 / seconds, rel=0.01)
         assert performance["time_to_first_token_ms"] >= performance["prefill_ms"] > 0
 
-    def test_events_share_id_created_and_model(self, answer):
-        chat = ChatAnswer(answer, "m", False)
-        first, text = self.payload(chat.first_event()), self.payload(chat.text_event('a"\u2028\n'))
-        last, done, rest = chat.last_events().split(b"\n\n")
-        last = json.loads(last[6:])
-        assert (done, rest) == (b"data: [DONE]", b"")
+    def test_events_share_id_created_and_model(self, group):
+        chat = ChatReply(group, "m")
+        first, text = self.payload(chat.first_events()), self.payload(chat.text_event(0, 'a"\u2028\n'))
+        last = self.payload(chat.end_event(0))
+        assert chat.last_events() == b"data: [DONE]\n\n"
         for chunk in (first, text, last):
             assert {key: chunk[key] for key in ("id", "created", "model", "object")} == {
                 "id": chat.id, "created": first["created"], "model": "m", "object": "chat.completion.chunk"}
@@ -356,16 +362,16 @@ class TestChatAnswer:
                                     "finish_reason": None}]
         assert last["choices"] == [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}]
 
-    def test_usage_comes_last_and_is_null_elsewhere(self, answer):
-        chat = ChatAnswer(answer, "m", True)
-        last, usage, done, _ = chat.last_events().split(b"\n\n")
-        assert self.payload(chat.first_event())["usage"] is None and self.payload(chat.text_event("x"))["usage"] is None
-        assert json.loads(last[6:])["usage"] is None
+    def test_usage_comes_last_and_is_null_elsewhere(self, group):
+        chat = ChatReply(group, "m", True)
+        usage, done, _ = chat.last_events().split(b"\n\n")
+        for chunk in (chat.first_events(), chat.text_event(0, "x"), chat.end_event(0)):
+            assert self.payload(chunk)["usage"] is None
         assert json.loads(usage[6:])["choices"] == [] and json.loads(usage[6:])["usage"]["completion_tokens"] == 5
 
     @pytest.mark.parametrize("name", ["@", '"@"', 'a"@"b', "model/with/slash"])
-    def test_any_model_name_leaves_the_events_whole(self, answer, name):
-        chunk = self.payload(ChatAnswer(answer, name, True).text_event("@"))
+    def test_any_model_name_leaves_the_events_whole(self, group, name):
+        chunk = self.payload(ChatReply(group, name, True).text_event(0, "@"))
         assert chunk["model"] == name and chunk["choices"][0]["delta"] == {"content": "@"}
 
 

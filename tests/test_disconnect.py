@@ -155,8 +155,8 @@ def test_64_clients_that_leave_at_once_leave_nothing_behind(server, llm):
 
 def test_a_slow_reader_is_dropped_in_the_end(tiny_llm, monkeypatch):
     monkeypatch.setattr(rustinfer, "SEND_TIMEOUT", 0.3)
-    monkeypatch.setattr(rustinfer.ChatAnswer, "text_event", lambda self,
-                        text: b"data: " + b"x" * 200_000 + b"\n\n")  # fills any buffer
+    monkeypatch.setattr(rustinfer.ChatReply, "text_event", lambda self, place, text,
+                        tokens: b"data: " + b"x" * 200_000 + b"\n\n")  # fills any buffer
     with local_server(tiny_llm) as server, start(server, True) as raw:
         raw.read_head()
         started = time.monotonic()

@@ -83,7 +83,7 @@ class TestFraming:
             assert parse_events(raw.read_rest())[-1] == "[DONE]"
 
     @pytest.mark.parametrize("fields, status", [
-        ({"model": "other"}, 404), ({"n": 2}, 400), ({"max_tokens": 5000}, 400), ({"messages": []}, 400)])
+        ({"model": "other"}, 404), ({"n": 9}, 400), ({"max_tokens": 5000}, 400), ({"messages": []}, 400)])
     def test_an_error_before_the_stream_has_a_status_of_its_own(self, tiny_server, fields, status):
         found, headers, body = ask(tiny_server.port, **fields) if "messages" not in fields else tiny_server.request(
             "POST", CHAT, {"stream": True, **fields})
@@ -205,7 +205,7 @@ class TestEventSource:
     @pytest.mark.parametrize("path, param", [
         (CHAT, "messages"), (query(messages="hi"), "messages"),
         (query(messages=MESSAGES, max_tokens="x"), "max_tokens"),
-        (query(messages=MESSAGES, n=2), "n"), (query(messages=MESSAGES, what="x"), "what"),
+        (query(messages=MESSAGES, n=9), "n"), (query(messages=MESSAGES, what="x"), "what"),
         (query(messages=MESSAGES, temperature=9), "temperature"),
         (CHAT + "?messages", None), (CHAT + "?messages=%ff", None)])
     def test_errors_are_400_and_name_the_parameter(self, tiny_server, path, param):

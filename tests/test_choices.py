@@ -1,0 +1,206 @@
+"""Several answers of one request, log-probabilities, penalties, the completions route and the utilities, over HTTP."""
+import json
+import math
+
+import openai
+import pytest
+from harness import REFERENCES
+
+import rustinfer
+
+MESSAGES = [{"role": "user", "content": "The river runs down to the sea. " * 12}]
+
+
+@pytest.fixture(scope="module")
+def client(tiny_server):
+    with openai.OpenAI(base_url=tiny_server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def name(client):
+    return client.models.list().data[0].id
+
+
+def post(server, path, fields):
+    """(status, body) of a POST."""
+    return server.request("POST", path, fields)[::2]
+
+
+def streamed(events):
+    """[(index, text, logprob entries, finish reason)] of each choice, put together from a chat stream."""
+    texts, entries, reasons, order = {}, {}, {}, []
+    for chunk in events:
+        for choice in chunk.choices:
+            order.append(choice.index)
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            entries.setdefault(choice.index, []).extend(choice.logprobs.content if choice.logprobs else [])
+            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
+    assert [index for index in dict.fromkeys(order)] == sorted(texts)
+    return [(index, texts[index], entries[index], reasons[index]) for index in sorted(texts)]
+
+
+@pytest.mark.parametrize("options", [
+    dict(n=1), dict(n=4, temperature=1.0), dict(n=3, temperature=0),
+    dict(n=2, logprobs=True, top_logprobs=3, temperature=1.3),
+    dict(frequency_penalty=1.5, presence_penalty=-1), dict(logit_bias={"40": 100}, n=2),
+    dict(stop=["e"], n=3, temperature=1)])
+def test_streamed_and_whole_answers_are_equal(client, name, options):
+    options = dict(model=name, messages=MESSAGES, seed=11, max_tokens=12, **options)
+    whole = client.chat.completions.create(**options)
+    parts = streamed(client.chat.completions.create(stream=True, **options))
+    assert [(c.index, c.message.content, (c.logprobs.content if c.logprobs else []), c.finish_reason)
+            for c in whole.choices] == parts
+    assert len(parts) == options.get("n", 1)
+
+
+def test_choices_differ_by_their_number_alone(client, name):
+    options = dict(model=name, messages=MESSAGES, temperature=1.0, max_tokens=10, seed=3,
+                   extra_body={"ignore_eos": True})
+    texts = [choice.message.content for choice in client.chat.completions.create(n=5, **options).choices]
+    assert len(set(texts)) > 1
+    assert [choice.message.content for choice in client.chat.completions.create(n=5, **options).choices] == texts
+    assert client.chat.completions.create(**options).choices[0].message.content == texts[0]
+
+
+def test_eight_choices_compute_the_prompt_once():
+    """The blocks of the prompt are shared: of eight answers only the first has computed them."""
+    with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu") as llm:
+        prompt = [(7 * i) % 300 for i in range(400)]
+        params, most = rustinfer.SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True), 0
+        group = rustinfer.Group(llm, [prompt], params, 8)
+        while not group.is_finished:
+            group.advance()
+            if all(group.places):
+                most = max(most, llm.engine.snapshot()["kv_blocks_used"])
+        assert [answer.handle.seq.num_cached_tokens for answer in group.answers] == [0] + 7 * [384]
+        assert most <= 25 + 8 * 3
+        usage = rustinfer.ChatReply(group, "m").whole()["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (400, 160)
+
+
+def test_logprobs_are_those_of_the_engine(client, name, tiny_llm):
+    choice = client.chat.completions.create(model=name, messages=MESSAGES, temperature=0, max_tokens=6, logprobs=True,
+                                            top_logprobs=5, extra_body={"ignore_eos": True}).choices[0]
+    expected = tiny_llm.chat(MESSAGES, temperature=0, max_tokens=6, logprobs=5, ignore_eos=True)[0].outputs[0]
+    assert len(choice.logprobs.content) == 6
+    for entry, token_id, table in zip(choice.logprobs.content, expected.token_ids, expected.logprobs):
+        assert entry.logprob == pytest.approx(table[token_id].logprob, abs=1e-9) and len(entry.top_logprobs) == 5
+        assert entry.top_logprobs[0].token == entry.token and bytes(entry.bytes).decode(errors="replace") == entry.token
+        values = [top.logprob for top in entry.top_logprobs]
+        assert values == sorted(values, reverse=True) and math.fsum(map(math.exp, values)) <= 1 + 1e-6
+    assert b"".join(bytes(entry.bytes) for entry in choice.logprobs.content).decode(errors="replace").startswith(
+        choice.message.content[:3])
+
+
+def test_logit_bias_and_stop_token_ids_have_their_effect(client, name, tiny_llm):
+    token = tiny_llm.tokenizer.encode("a")[0]
+    options = dict(model=name, messages=MESSAGES, max_tokens=4, temperature=0)
+    assert client.chat.completions.create(logit_bias={str(token): 100}, **options).choices[0].message.content == "aaaa"
+    choice = client.chat.completions.create(logit_bias={str(token): 100}, extra_body={"stop_token_ids": [token]},
+                                            **options).choices[0]
+    assert (choice.message.content, choice.finish_reason) == ("", "stop")
+    repeated = client.chat.completions.create(logit_bias={str(token): 8}, **options).choices[0].message.content
+    penalties = dict(frequency_penalty=2, presence_penalty=2, extra_body={"repetition_penalty": 9})
+    punished = client.chat.completions.create(logit_bias={str(token): 8}, **penalties, **options)
+    assert punished.choices[0].message.content != repeated
+
+
+class TestCompletions:
+    def test_prompts_of_every_form(self, client, name, tiny_llm):
+        ids = tiny_llm.tokenizer.encode_prompt("Once upon")
+        options = dict(model=name, max_tokens=5, temperature=0, extra_body={"ignore_eos": True})
+        by_text, by_ids = (client.completions.create(prompt=prompt, **options) for prompt in ("Once upon", ids))
+        both = client.completions.create(prompt=["Once upon", "The sea"], n=2, **options)
+        assert by_text.choices[0].text == by_ids.choices[0].text == both.choices[0].text == both.choices[1].text
+        assert [choice.index for choice in both.choices] == [0, 1, 2, 3] and both.object == "text_completion"
+        assert both.usage.completion_tokens == 20
+        lists = client.completions.create(prompt=[ids, ids], **options)
+        assert [choice.text for choice in lists.choices] == [by_text.choices[0].text] * 2
+        assert by_text.choices[0].text == tiny_llm.generate("Once upon", temperature=0, max_tokens=5,
+                                                            ignore_eos=True)[0].outputs[0].text
+
+    def test_max_tokens_is_16_unless_given(self, client, name):
+        answer = client.completions.create(model=name, prompt="a", temperature=0, extra_body={"ignore_eos": True})
+        assert answer.usage.completion_tokens == 16 and answer.choices[0].finish_reason == "length"
+
+    @pytest.mark.parametrize("options", [dict(), dict(n=3, temperature=1.0), dict(logprobs=2), dict(logprobs=0),
+                                         dict(echo=True), dict(echo=True, n=2), dict(stop="e", temperature=1.2)])
+    def test_streams_equal_whole_answers(self, client, name, options):
+        options = dict(model=name, prompt=["Once upon", "The sea"], seed=5, max_tokens=7, **options)
+        whole = client.completions.create(**options)
+        texts, logprobs = {}, {}
+        for chunk in client.completions.create(stream=True, **options):
+            for choice in chunk.choices:
+                texts[choice.index] = texts.get(choice.index, "") + choice.text
+                if choice.logprobs:
+                    for key, value in choice.logprobs.model_dump().items():
+                        logprobs.setdefault(choice.index, {}).setdefault(key, []).extend(value)
+        assert [choice.text for choice in whole.choices] == [texts[index] for index in sorted(texts)]
+        assert [choice.logprobs.model_dump() if choice.logprobs else None for choice in whole.choices] == [
+            logprobs.get(index) for index in sorted(texts)]
+        if options.get("echo"):
+            assert all(choice.text.startswith(("Once upon", "The sea")) for choice in whole.choices)
+
+    def test_logprobs_name_tokens_and_their_places(self, client, name):
+        options = dict(model=name, prompt="Once", max_tokens=6, logprobs=3, temperature=0)
+        logprobs = client.completions.create(**options).choices[0].logprobs
+        assert len({len(logprobs.tokens), len(logprobs.token_logprobs), len(logprobs.text_offset)}) == 1
+        assert all(len(table) >= 3 or table for table in logprobs.top_logprobs)
+        assert logprobs.text_offset[0] == 0 and logprobs.text_offset == sorted(logprobs.text_offset)
+
+    @pytest.mark.parametrize("fields, param", [
+        ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [1.5]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"), ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": [10**9]}, "prompt"),
+        ({"prompt": "a", "echo": 1}, "echo"), ({"prompt": "a", "logprobs": 6}, "logprobs"),
+        ({"prompt": "a", "suffix": "b"}, "suffix"), ({"prompt": "a", "best_of": 2}, "best_of"),
+        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"), ({"prompt": "a", "messages": []}, "messages")])
+    def test_errors_name_the_field(self, tiny_server, fields, param):
+        status, body = post(tiny_server, "/v1/completions", fields)
+        assert (status, body["error"]["param"]) == (400, param)
+
+
+class TestUtilities:
+    def test_tokenize_and_back(self, tiny_server, tiny_llm):
+        status, body = post(tiny_server, "/tokenize", {"prompt": "Hello <|eot_id|>", "return_token_strs": True})
+        assert status == 200 and body["tokens"] == tiny_llm.tokenizer.encode_prompt("Hello <|eot_id|>")
+        assert body["count"] == len(body["tokens"]) == len(body["token_strs"])
+        assert body["max_model_len"] == tiny_llm.max_model_len
+        plain = post(tiny_server, "/tokenize", {"prompt": "Hello", "add_special_tokens": False})[1]["tokens"]
+        assert plain == tiny_llm.tokenizer.encode("Hello")
+        assert post(tiny_server, "/detokenize", {"tokens": plain})[1] == {"prompt": "Hello"}
+
+    def test_messages_are_tokenized_as_the_chat_route_does(self, tiny_server, tiny_llm):
+        messages = [{"role": "user", "content": "Hi"}]
+        ids = post(tiny_server, "/tokenize", {"messages": messages})[1]["tokens"]
+        assert ids == tiny_llm.template.encode(messages)
+        text = post(tiny_server, "/apply-template", {"messages": messages, "add_generation_prompt": False})[1]["prompt"]
+        assert text == tiny_llm.template.render(messages, False)
+
+    @pytest.mark.parametrize("path, fields, param", [
+        ("/tokenize", {}, "prompt"), ("/tokenize", {"prompt": "a", "messages": MESSAGES}, "prompt"),
+        ("/tokenize", {"prompt": 5}, "prompt"), ("/detokenize", {}, "tokens"),
+        ("/detokenize", {"tokens": [1 << 40]}, "tokens"),
+        ("/detokenize", {"tokens": ["a"]}, "tokens"), ("/apply-template", {}, "messages"),
+        ("/apply-template", {"messages": [{"role": "x"}]}, "messages[0].role")])
+    def test_errors_name_the_field(self, tiny_server, path, fields, param):
+        status, body = post(tiny_server, path, fields)
+        assert (status, body["error"]["param"]) == (400, param)
+
+    def test_capabilities_name_every_field_and_its_range(self, tiny_server, tiny_llm):
+        status, _, body = tiny_server.get("/v1/capabilities")
+        chat, completions = (body["routes"][path] for path in ("/v1/chat/completions", "/v1/completions"))
+        assert status == 200 and body["max_model_len"] == tiny_llm.max_model_len
+        assert chat["temperature"] == {"type": "number", "supported": True, "minimum": 0, "maximum": 2}
+        assert chat["tools"] == {"supported": False} and completions["prompt"] == {"type": "any", "supported": True}
+        assert set(chat) == set(rustinfer.CHAT_FIELDS) and set(completions) == set(rustinfer.COMPLETION_FIELDS)
+
+    def test_version(self, tiny_server):
+        assert tiny_server.get("/version")[::2] == (200, {"version": rustinfer.__version__})
+
+    def test_whole_answers_carry_their_timing(self, client, name):
+        raw = client.chat.completions.with_raw_response.create(model=name, messages=MESSAGES, max_tokens=2)
+        parts = dict(part.split(";dur=") for part in raw.headers["server-timing"].split(", "))
+        performance = json.loads(raw.content)["usage"]["performance"]
+        assert {key: float(value) for key, value in parts.items()} == {
+            key: performance[f"{key}_ms"] for key in ("queue", "prefill", "decode")}
