@@ -21,9 +21,9 @@ enum {
   BLOCK = 512,                       // most lanes of a block
   ROWS = 3, TOKENS = VL == 8 ? 4 : 8,  // of a tile: 12 sums fit the 16 registers of AVX2, 24 the 32 of others
   PANEL = 48, TILED_PANEL = 64,      // rows of a panel, a multiple of a tile's
-  FEW_TOKENS = 32,                   // up to so many tokens panels are lower, to stay in the first cache:
-  LOW_PANEL = 24, LOW_TILED_PANEL = 32, LOW_ROWS = 192,  // rows of a panel (of one tile of tokens: a tile's), of a chunk
-  MANY_ROWS = 256,                   // else at most so many, for which a block of x is read from the cache
+  MANY_ROWS = 256,                   // rows of a chunk at most, for which a block of x is read from the cache
+  FEW_TOKENS = 32,                   // up to so many tokens both are lower (for one tile of tokens a panel is a tile high)
+  LOW_PANEL = 24, LOW_TILED_PANEL = 32, LOW_ROWS = 192,
   GROUP = 256,                       // tokens for which a panel is made
   STREAM_BYTES = 1 << 19,            // of weights that a chunk of one token's product reads
   PIECE = 1024,                      // elements that are rounded at once
@@ -56,13 +56,10 @@ static int64_t panel_rows(enum Kind kind, int64_t num_tokens) {
   return kind == MATRIX ? TILED_PANEL : PANEL;
 }
 
-typedef struct {
-  int64_t count, length;  // blocks, and lanes of each but the last ones
-} Blocks;
-
-static Blocks cut(int64_t lanes) {
+// Lanes of each block of a row but the last.
+static int64_t block_length(int64_t lanes) {
   int64_t count = (lanes + BLOCK - 1) / BLOCK;
-  return (Blocks){count, (lanes + 16 * count - 1) / (16 * count) * 16};
+  return (lanes + 16 * count - 1) / (16 * count) * 16;
 }
 
 INLINE vec load_lanes(const char *row, int64_t j, enum Kind kind) {
@@ -141,7 +138,7 @@ INLINE void put_four(const Product *p, float *y, quad sums, int64_t row) {
 
 // The dot product of one row. A block is one chain; the machine itself begins the next ones meanwhile.
 INLINE float dot(const char *row, const float *x, int64_t lanes, enum Kind kind) {
-  int64_t length = cut(lanes).length, size = lane_bytes(kind);
+  int64_t length = block_length(lanes), size = lane_bytes(kind);
   float total = 0;
   for (int64_t first = 0; first < lanes; first += length) {
     vec sum = {0};
@@ -173,6 +170,7 @@ static void stream_chunk(const Product *p, const Weight *weight, enum Kind kind,
   else dot_rows(sums, weight, x, start, stop, PAIRED);
   for (int64_t i = 0; i < stop - start; i++) put(p, p->y, sums[i], base + start + i);
 }
+
 // -- several tokens: what both kinds of tiles share
 
 typedef struct {
@@ -401,7 +399,7 @@ static void finish(const Product *p, float *y, const float *sums, enum Kind kind
 // Rows [start, stop) of a weight whose first row is row `base` of the stack: block by block, panel by panel.
 static void panel_chunk(const Product *p, const Weight *weight, enum Kind kind, int64_t base, int64_t start, int64_t stop) {
   Scratch scratch;
-  int64_t lanes = num_lanes(kind, weight->columns), length = cut(lanes).length, size = lane_bytes(kind);
+  int64_t lanes = num_lanes(kind, weight->columns), length = block_length(lanes), size = lane_bytes(kind);
   int64_t stride = lanes * size, height = panel_rows(kind, p->num_tokens);
   const char *data = (const char *)weight->data + start * stride;
   for (int64_t first = 0; first < p->num_tokens; first += GROUP) {

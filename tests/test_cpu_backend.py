@@ -483,7 +483,7 @@ BUGS = {
     "rotation": ("llama.c", "low * cos[i] - high * sin[i]", "low * cos[i] + high * sin[i]"),
     "gate": ("llama.c", "(broadcast(1.0f) + exp_vec(-g))", "(broadcast(1.0f) + exp_vec(g))"),
     "value": ("llama.c", "(h * size + offset) * dim", "(h * size) * dim"),
-    "bias": ("linear.c", "p->bias ? column[i * tokens] + p->bias[row + i]", "p->bias ? column[i * tokens]"),
+    "bias": ("linear.c", "sums += *(const quad *)(p->bias + row)", "sums += 0 * *(const quad *)(p->bias + row)"),
     "second layer": ("llama.c", "a->values + i * a->layer_stride", "a->values"),
 }
 
