@@ -33,6 +33,7 @@ F intermediate_size (or any output width), V vocab, L layers, N blocks, S block 
 from __future__ import annotations
 
 import argparse
+import ast
 import atexit
 import codecs
 import contextlib
@@ -786,26 +787,28 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         return environment
 
-    def encode(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Prompt ids of a conversation.
+    def encode(self, messages: list[dict], add_generation_prompt: bool = True,
+               tools: Seq[dict] = ()) -> list[int]:
+        """Prompt ids of a conversation, and of the tools that it offers.
 
         Spellings of special tokens inside the messages are broken with a noncharacter that none of them contains
         before rendering, and mended after the rendered text is split at the real ones.
         """
-        strings = json.dumps(messages, ensure_ascii=False)
+        strings = json.dumps([messages, tools], ensure_ascii=False)
         mark = next((char for char in NONCHARACTERS if char not in strings), None)
         if mark is None:
             raise APIError("the messages use every Unicode noncharacter from U+FDD0 to U+FDEF", "messages")
-        safe = self._map_strings(messages, lambda text: self._tokenizer.break_specials(text, mark))
-        return self._tokenizer.encode_rendered(self.render(safe, add_generation_prompt), mark)
+        safe = self._map_strings([messages, list(tools)], lambda text: self._tokenizer.break_specials(text, mark))
+        rendered = self.render(safe[0], add_generation_prompt, safe[1])
+        return self._tokenizer.encode_rendered(rendered, mark)
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = ()) -> str:
         """The prompt as text."""
         if self._template is None:
             raise APIError("this model has no chat template, and no built-in one fits its vocabulary", "messages")
         names = {name: self._tokenizer.special_text(name)
                  for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        names |= {"tools": None, "documents": None}  # transformers passes them always: templates ask `is not none`
+        names |= {"tools": tools or None, "documents": None}  # as transformers: templates ask `is not none`
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         names["check_time"] = lambda: self._check_time(deadline)
         parts, size = [], 0
@@ -3628,7 +3631,7 @@ class Engine:
 # ==============================================================================
 
 MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
-MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKENS, MAX_METADATA = 8, 64, 256, 16
+MAX_CHOICES, MAX_PROMPTS, MAX_STOP_TOKENS, MAX_METADATA, MAX_TOOLS, MAX_CALLS = 8, 64, 256, 16, 128, 64
 ABSENT = (None,)  # values of a field that mean the same as leaving it out
 
 
@@ -3674,11 +3677,11 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("metadata", "object"),
     Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
     Field("store", "unsupported", neutral=(None, False)),
-    Field("tools", "unsupported", neutral=(None, [])),
-    Field("tool_choice", "unsupported", neutral=(None, "none")),
+    Field("tools", "array", 0, MAX_TOOLS),
+    Field("tool_choice", "any"),
+    Field("parallel_tool_calls", "boolean"),
     Field("functions", "unsupported", neutral=(None, [])),
     Field("function_call", "unsupported", neutral=(None, "none")),
-    Field("parallel_tool_calls", "unsupported"),
     Field("modalities", "unsupported", neutral=(None, ["text"])),
     Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
     Field("reasoning_effort", "unsupported"),
@@ -3695,6 +3698,7 @@ COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
 )}
 TEMPLATE_FIELDS = {f.name: f for f in (
     Field("model", "string"), Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("tools", "array", 0, MAX_TOOLS),
     Field("add_generation_prompt", "boolean"))}
 TOKENIZE_FIELDS = {**TEMPLATE_FIELDS, **{f.name: f for f in (
     Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))}}
@@ -3839,17 +3843,43 @@ def parse_content(content: Any, where: str) -> str:
 
 MESSAGE_FIELDS = {f.name: f for f in (
     Field("role", "string", neutral=()),
-    Field("content", "any", neutral=()),
+    Field("content", "any"),
     Field("refusal", "unsupported"), Field("audio", "unsupported"),
     Field("annotations", "unsupported", neutral=(None, [])),
     Field("name", "unsupported"), Field("function_call", "unsupported"),
-    Field("tool_calls", "unsupported", neutral=(None, [])),
+    Field("tool_calls", "array", 1, MAX_CALLS, neutral=(None, [])),
+    Field("tool_call_id", "string"),
 )}
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}  # the template's names
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+FUNCTION_FIELDS = {f.name: f for f in (
+    Field("name", "string"), Field("description", "string"), Field("parameters", "object"),
+    Field("strict", "unsupported", neutral=(None, False)))}
+TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+
+
+def parse_past_calls(calls: list, where: str) -> list[dict]:
+    """An assistant's calls; their arguments, JSON as a string, become objects, as templates want them."""
+    parsed = []
+    for index, call in enumerate(calls):
+        place = f"{where}.tool_calls[{index}]"
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or call.get("type", "function") != "function":
+            raise InvalidTypeError(f"{place} must hold type function and a function", place)
+        name, text = function.get("name"), function.get("arguments")
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise InvalidTypeError(f"{place}.function must hold name and arguments, both strings", f"{place}.function")
+        try:
+            arguments = parse_json(text.encode()) if text.strip() else {}
+        except APIError as error:
+            raise APIError(f"{place}.function.arguments is not a JSON object: {shorten(str(error))}",
+                           f"{place}.function.arguments") from None
+        parsed.append({"id": str(call.get("id", "")), "type": "function",
+                       "function": {"name": name, "arguments": arguments}})
+    return parsed
 
 
 def parse_messages(messages: list) -> list[dict]:
-    """[{"role", "content"}] with content as one string."""
+    """[{"role", "content"}] with content as one string, and what tools need, by the template's names."""
     parsed = []
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
@@ -3859,9 +3889,140 @@ def parse_messages(messages: list) -> list[dict]:
         role = given.get("role")
         if role not in ROLES:
             raise APIError(f"{where}.role is {shorten(role)}; {', '.join(ROLES)} are supported", where + ".role",
-                           code="unsupported_value" if role in ("tool", "function") else "invalid_value")
-        parsed.append({"role": ROLES[role], "content": parse_content(given.get("content"), where + ".content")})
+                           code="unsupported_value" if role == "function" else "invalid_value")
+        for field, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if field in given and role != owner:
+                raise APIError(f"{where}.{field} is allowed only with role {owner}", f"{where}.{field}")
+        calls = {"tool_calls": parse_past_calls(given["tool_calls"], where)} if "tool_calls" in given else {}
+        if not calls or "content" in given:
+            content = parse_content(given.get("content"), where + ".content")
+        else:
+            content = ""
+        named = {"tool_call_id": given["tool_call_id"]} if "tool_call_id" in given else {}
+        parsed.append({"role": ROLES[role], "content": content, **calls, **named})
     return parsed
+
+
+def parse_tools(tools: list) -> list[dict]:
+    """Function tools as they were given, each checked."""
+    names = set()
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or tool.get("type") != "function":
+            raise APIError(f"{where} is {shorten(tool)}; type function with a function is supported", where,
+                           code="unsupported_value")
+        name = check_fields(function, FUNCTION_FIELDS, f"{where}.function.").get("name")
+        if name is None or not TOOL_NAME.fullmatch(name):
+            raise APIError(f"{where}.function.name is {shorten(name)}; 1 to 64 letters, digits, dots, underscores and "
+                           "hyphens are expected", f"{where}.function.name")
+        if name in names:
+            raise APIError(f"{where}.function.name is {name} again; names must differ", f"{where}.function.name")
+        names.add(name)
+    return tools
+
+
+def offered_tools(given: dict) -> list[dict]:
+    """The tools that the model may call."""
+    tools, choice = parse_tools(given.get("tools", [])), given.get("tool_choice", "auto")
+    if choice not in ("auto", "none"):
+        shown = shorten(json.dumps(choice))
+        raise UnsupportedError(f"tool_choice is {shown}; auto and none are supported", "tool_choice",
+                               code="unsupported_value")
+    if "tool_choice" in given and not tools and choice != "none":
+        raise APIError("tool_choice is allowed only with tools", "tool_choice")
+    return tools if choice == "auto" else []
+
+
+class ToolCall(NamedTuple):
+    """A function that the model wants called."""
+
+    name: str
+    arguments: str  # JSON
+
+
+def call_of(value: Any, names: Iterable[str]) -> ToolCall:
+    """{"name": ..., "parameters" or "arguments": {...}}, optionally with "type": "function"; ValueError otherwise."""
+    if not isinstance(value, dict) or set(value) - {"name", "parameters", "arguments", "type", "id"}:
+        raise ValueError
+    if value.get("name") not in names or value.get("type", "function") != "function":
+        raise ValueError
+    arguments = value.get("parameters", value.get("arguments", {}))
+    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    if not isinstance(arguments, dict):
+        raise ValueError
+    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
+def python_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
+    """[f(a=1), g()] with literals as arguments; ValueError otherwise."""
+    calls = []
+    tree = ast.parse(text, mode="eval").body
+    for call in tree.elts if isinstance(tree, ast.List) else ():
+        if not isinstance(call, ast.Call) or call.args or any(word.arg is None for word in call.keywords):
+            raise ValueError
+        arguments = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
+        calls.append(call_of({"name": ast.unparse(call.func), "arguments": arguments}, names))
+    return calls
+
+
+def json_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
+    """Objects one after the other, with ; or commas between them, or a list of them; ValueError otherwise."""
+    decoder, values, at = json.JSONDecoder(), [], 0
+    while at < len(text):
+        value, at = decoder.raw_decode(text, at)
+        values += value if isinstance(value, list) else [value]
+        at = re.compile(r"[\s;,]*").match(text, at).end()
+    return [call_of(value, names) for value in values]
+
+
+def read_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
+    """The calls that a text is, all of it; none if it is anything else."""
+    for reader in (json_calls, python_calls):
+        try:
+            calls = reader(text.strip(), names)
+        except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError):
+            continue
+        if 0 < len(calls) <= MAX_CALLS:
+            return calls
+    return []
+
+
+class ToolStream:
+    """Tells text from tool calls while it comes: whatever the pieces are, the result is the same.
+
+    From the first place that begins like a call (and the white space before it) everything is held back until the end,
+    which tells what it was.
+    """
+
+    MAX_CALL_TEXT = 1 << 16  # characters that are read as calls; `ast` and recursion need a bound
+    START = re.compile(r"""(\[\s{0,9})? \{\s{0,9} "(name|type|id|parameters|arguments)" \s{0,9}:  # JSON
+                           | \[\s{0,9} [A-Za-z_][\w.-]{0,63} \(  # [f(...""", re.VERBOSE)
+    TAIL = 96  # characters in which a call's beginning may still be incomplete: more than START can take
+
+    def __init__(self, names: Iterable[str], parallel: bool = True):
+        self._names, self._parallel, self._held, self._is_call = frozenset(names), parallel, "", False
+
+    def push(self, text: str) -> str:
+        """The text that is surely no call."""
+        self._held += text
+        if self._is_call:
+            return ""
+        match = self.START.search(self._held)
+        self._is_call = match is not None
+        if self._is_call:
+            stop = match.start()
+        else:  # a bracket near the end may grow into a call
+            brackets = [at for mark in "{[" if (at := self._held.find(mark, max(0, len(self._held) - self.TAIL))) >= 0]
+            stop = min(brackets, default=len(self._held))
+        stop = len(self._held[:stop].rstrip())
+        shown, self._held = self._held[:stop], self._held[stop:]
+        return shown
+
+    def finish(self) -> tuple[str, list[ToolCall]]:
+        """The rest of the text, and the calls."""
+        calls = read_calls(self._held, self._names) if len(self._held) <= self.MAX_CALL_TEXT else []
+        return ("", calls if self._parallel else calls[:1]) if calls else (self._held, [])
 
 
 def parse_stop(value: Any) -> tuple[str, ...]:
@@ -3918,6 +4079,8 @@ class GenerationRequest:
     user: str
     metadata: dict[str, str]
     messages: list[dict] = ()
+    tools: list[dict] = ()
+    parallel_tool_calls: bool = True
     prompts: list[str | list[int]] = ()
     echo: bool = False
 
@@ -3951,7 +4114,8 @@ def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
         raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
     return parse_generation(given, defaults, limits.pop() if limits else None, logprobs,
-                            messages=parse_messages(given["messages"]))
+                            messages=parse_messages(given["messages"]), tools=offered_tools(given),
+                            parallel_tool_calls=given.get("parallel_tool_calls", True))
 
 
 def parse_prompts(value: Any) -> list[str | list[int]]:
@@ -4051,7 +4215,7 @@ class Reply:
         before, after = self._frames[index]
         return before + json.dumps(text).encode() + after
 
-    def end_event(self, index: int) -> bytes:
+    def end_events(self, index: int) -> bytes:
         """A choice is complete."""
         return self._event(self._chunk(index, "", None, self.group.places[index].finish_reason))
 
@@ -4065,10 +4229,45 @@ class ChatReply(Reply):
 
     PREFIX, OBJECT, CHUNK = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
+    def __init__(self, group: Group, model: str, include_usage: bool = False, tools: Seq[dict] = (),
+                 parallel: bool = True):
+        super().__init__(group, model, include_usage)
+        names = [tool["function"]["name"] for tool in tools]
+        self._streams = [ToolStream(names, parallel) for _ in group.places] if names else None
+
     def _choice(self, index: int, answer: Answer) -> dict:
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
+        message, reason = {"role": "assistant", "content": answer.text, "refusal": None}, answer.finish_reason
+        if self._streams:
+            text = self._streams[index].push(answer.text)
+            rest, calls = self._streams[index].finish()
+            message["content"] = text + rest
+            if calls:
+                message |= {"content": text + rest or None, "tool_calls": [self._call(call) for call in calls]}
+                reason = "tool_calls"
         return {"index": index, "message": message, "logprobs": self._logprobs(index, answer.shown_tokens),
-                "finish_reason": answer.finish_reason}
+                "finish_reason": reason}
+
+    @staticmethod
+    def _call(call: ToolCall) -> dict:
+        return {"id": "call_" + secrets.token_hex(12), "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments}}
+
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        return super().text_event(index, self._streams[index].push(text) if self._streams else text, tokens)
+
+    def end_events(self, index: int) -> bytes:
+        if not self._streams:
+            return super().end_events(index)
+        rest, calls = self._streams[index].finish()
+        events = super().text_event(index, rest)
+        choice = lambda delta, reason: {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        for number, call in enumerate(calls):
+            whole = self._call(call)
+            empty = {**whole, "function": {"name": call.name, "arguments": ""}}
+            events += self._event(choice({"tool_calls": [{"index": number, **empty}]}, None))
+            arguments = {"index": number, "function": {"arguments": call.arguments}}
+            events += self._event(choice({"tool_calls": [arguments]}, None))
+        return events + (self._event(choice({}, "tool_calls")) if calls else super().end_events(index))
 
     def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
         delta = {} if finish_reason else {"content": text}
@@ -5193,8 +5392,9 @@ class Server:
         self._check_model(llm, request.model)
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
-        prompt = llm.template.encode(request.messages)
-        self._generate(handler, llm, request, [prompt], "messages", ChatReply)
+        prompt = llm.template.encode(request.messages, tools=request.tools)
+        reply = functools.partial(ChatReply, tools=request.tools, parallel=request.parallel_tool_calls)
+        self._generate(handler, llm, request, [prompt], "messages", reply)
 
     def _completions(self, handler: RequestHandler) -> None:
         llm = self._ready_llm()
@@ -5248,7 +5448,7 @@ class Server:
             woken = time.monotonic()
             events += b"".join([reply.text_event(place, text, shown) for place, text, shown in parts])
             for place in sorted(group.finished - ended):
-                events += reply.end_event(place)
+                events += reply.end_events(place)
             ended |= group.finished
             if group.is_finished:
                 break
@@ -5293,7 +5493,8 @@ class Server:
         if ("prompt" in given) == ("messages" in given):
             raise APIError("give either prompt or messages", "prompt")
         if "messages" in given:
-            ids = llm.template.encode(parse_messages(given["messages"]), given.get("add_generation_prompt", True))
+            ids = llm.template.encode(parse_messages(given["messages"]), given.get("add_generation_prompt", True),
+                                      parse_tools(given.get("tools", [])))
         else:
             encode = llm.tokenizer.encode_prompt if given.get("add_special_tokens", True) else llm.tokenizer.encode
             ids = encode(given["prompt"])
@@ -5316,7 +5517,8 @@ class Server:
         if "messages" not in given:
             raise APIError("messages is missing; a list of at least one message is expected", "messages")
         messages = parse_messages(given["messages"])
-        handler.respond_json({"prompt": llm.template.render(messages, given.get("add_generation_prompt", True))})
+        handler.respond_json({"prompt": llm.template.render(messages, given.get("add_generation_prompt", True),
+                                                            parse_tools(given.get("tools", [])))})
 
     @staticmethod
     def _describe(group: Group) -> str:

@@ -158,9 +158,8 @@ class TestFields:
 
     @pytest.mark.parametrize("name, value", [
         ("min_tokens", 3),
-        ("response_format", {"type": "json_object"}), ("store", True), ("tools", [{"type": "function"}]),
-        ("tool_choice", "auto"),
-        ("reasoning_effort", "low"), ("parallel_tool_calls", True), ("best_of", 2), ("no_such_field", 1),
+        ("response_format", {"type": "json_object"}), ("store", True),
+        ("reasoning_effort", "low"), ("best_of", 2), ("no_such_field", 1),
         ("Temperature", 1), ("", 1)])
     def test_what_is_not_supported_is_refused_never_ignored(self, name, value):
         error = error_of(chat, **{name: value})
@@ -174,7 +173,7 @@ class TestFields:
         names = {item.name for item in dataclasses.fields(SamplingParams)}
         known = {name for name, field in CHAT_FIELDS.items() if field.kind != "unsupported"}
         assert known - names == {"model", "messages", "stream", "stream_options", "max_completion_tokens", "user", "n",
-                                 "top_logprobs", "metadata"}
+                                 "top_logprobs", "metadata", "tools", "tool_choice", "parallel_tool_calls"}
 
     def test_two_equal_limits_agree_and_different_ones_do_not(self):
         assert chat(max_tokens=5, max_completion_tokens=5).params.max_tokens == 5
@@ -232,7 +231,7 @@ class TestMessages:
         ({"content": "x"}, ".role", "invalid_value"), ({"role": "bot", "content": "x"}, ".role", "invalid_value"),
         ({"role": None, "content": "x"}, ".role", "invalid_type"),
         ({"role": 1, "content": "x"}, ".role", "invalid_type"),
-        ({"role": "tool", "content": "x"}, ".role", "unsupported_value"),
+        ({"role": "function", "content": "x"}, ".role", "unsupported_value"),
         ({"role": "user"}, ".content", "invalid_type"),
         ({"role": "user", "content": None}, ".content", "invalid_type"),
         ({"role": "user", "content": 5}, ".content", "invalid_type"),
@@ -246,7 +245,7 @@ class TestMessages:
         ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, ".content[0]", "invalid_type"),
         ({"role": "user", "content": "x", "name": "Ann"}, ".name", "unsupported_parameter"),
         ({"role": "user", "content": "x", "weight": 1}, ".weight", "unsupported_parameter"),
-        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, ".tool_calls", "unsupported_parameter")])
+        ({"role": "assistant", "content": "x", "tool_calls": [{}]}, ".tool_calls[0]", "invalid_type")])
     def test_errors_name_the_message_and_its_field(self, message, where, code):
         error = error_of(chat, messages=[*USER, message])
         assert (error.status, error.param, error.code) == (400, "messages[1]" + where, code)
@@ -350,7 +349,7 @@ class TestChatReply:
     def test_events_share_id_created_and_model(self, group):
         chat = ChatReply(group, "m")
         first, text = self.payload(chat.first_events()), self.payload(chat.text_event(0, 'a"\u2028\n'))
-        last = self.payload(chat.end_event(0))
+        last = self.payload(chat.end_events(0))
         assert chat.last_events() == b"data: [DONE]\n\n"
         for chunk in (first, text, last):
             assert {key: chunk[key] for key in ("id", "created", "model", "object")} == {
@@ -365,7 +364,7 @@ class TestChatReply:
     def test_usage_comes_last_and_is_null_elsewhere(self, group):
         chat = ChatReply(group, "m", True)
         usage, done, _ = chat.last_events().split(b"\n\n")
-        for chunk in (chat.first_events(), chat.text_event(0, "x"), chat.end_event(0)):
+        for chunk in (chat.first_events(), chat.text_event(0, "x"), chat.end_events(0)):
             assert self.payload(chunk)["usage"] is None
         assert json.loads(usage[6:])["choices"] == [] and json.loads(usage[6:])["usage"]["completion_tokens"] == 5
 

@@ -192,7 +192,8 @@ class TestUtilities:
         chat, completions = (body["routes"][path] for path in ("/v1/chat/completions", "/v1/completions"))
         assert status == 200 and body["max_model_len"] == tiny_llm.max_model_len
         assert chat["temperature"] == {"type": "number", "supported": True, "minimum": 0, "maximum": 2}
-        assert chat["tools"] == {"supported": False} and completions["prompt"] == {"type": "any", "supported": True}
+        assert chat["response_format"] == {"supported": False}
+        assert completions["prompt"] == {"type": "any", "supported": True}
         assert set(chat) == set(rustinfer.CHAT_FIELDS) and set(completions) == set(rustinfer.COMPLETION_FIELDS)
 
     def test_version(self, tiny_server):
