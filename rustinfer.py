@@ -23,7 +23,7 @@ Life of a request
 
 Sections, each using only the ones above it
   Errors, Settings
-  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, CPU, Model, Sampler
+  I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, CPU, Model, Sampler, Grammar
   II.  many requests at once:        KV cache, Scheduler, Metrics, Runner, Engine
   III. the wire:                     API, LLM, Server, CLI
 
@@ -352,7 +352,8 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0 or -1 and top_p 1 switch the filters off; seed None draws a random one;
     max_tokens None takes the server's default; logprobs k returns the chosen token's and the k likeliest
-    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1).
+    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1); before min_tokens no token
+    comes that would end the answer.
 
     These change the logits, in this order, before anything is chosen: repetition_penalty divides the positive and
     multiplies the negative ones of tokens in the prompt or the output; frequency_penalty times a token's count in the
@@ -370,6 +371,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int | None = None
+    min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -385,15 +387,18 @@ class SamplingParams:
         for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
                                 ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
                                 ("repetition_penalty", 0, 10), ("seed", -(1 << 63), (1 << 64) - 1),
-                                ("max_tokens", 1, 1 << 31), ("logprobs", 0, 20)):
+                                ("max_tokens", 1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20)):
             value = getattr(self, name)
             if value is None and name in ("seed", "max_tokens", "logprobs"):
                 continue
-            kind = (int,) if name in ("top_k", "seed", "max_tokens", "logprobs") else (int, float)
+            kind = (int,) if name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
             if not low <= value <= high:  # also refuses NaN
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise APIError(f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; it must not be more",
+                           "min_tokens")
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise APIError(f"{name} is 0; it must be above 0", name)
@@ -2522,13 +2527,15 @@ class Sampler:
         self._backend, self._xp = backend, backend.xp
 
     def sample(self, logits: Any, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int], positions: Seq[int],
-               histories: Seq[tuple[Seq[int], Seq[int]]] | None = None) -> list[Sampled]:
+               histories: Seq[tuple[Seq[int], Seq[int]]] | None = None,
+               masks: Seq[np.ndarray | None] | None = None) -> list[Sampled]:
         """logits (B, V) float32; row b is drawn with params[b] from (seeds[b], choices[b], positions[b]).
 
-        histories[b] is (prompt token ids, output token ids); only a row with penalties needs it.
+        histories[b] is (prompt token ids, output token ids); only a row with penalties needs it. masks[b] (V,) bool is
+        True for the tokens that may come; None allows all.
         """
         xp, to_host = self._xp, self._backend.to_host
-        raw, logits = logits, self._adjust(logits, params, histories)
+        raw, logits = logits, self._forbid(self._adjust(logits, params, histories), masks)
         likeliest = logits.argmax(-1)  # a NaN counts as the greatest
         finite = to_host(xp.isfinite(xp.take_along_axis(logits, likeliest[:, None], -1))[:, 0]).tolist()
         token_ids = likeliest.copy()
@@ -2559,6 +2566,17 @@ class Sampler:
                 if params[row].logit_bias:
                     self._add_bias(adjusted[row], *zip(*params[row].logit_bias))
         return xp.where(xp.isfinite(logits), xp.clip(adjusted, -most, most), logits)
+
+    def _forbid(self, logits: Any, masks: Seq[np.ndarray | None] | None) -> Any:
+        """logits (B, V) with -inf for tokens that may not come; broken logits stay broken."""
+        rows = [row for row, mask in enumerate(masks or ()) if mask is not None]
+        if not rows:
+            return logits
+        logits = logits.copy()
+        for row in rows:
+            allowed = self._backend.to_device(masks[row]) | self._xp.isnan(logits[row])
+            logits[row] = self._xp.where(allowed, logits[row], self._xp.float32(-self._xp.inf))
+        return logits
 
     def _penalise(self, logits: Any, params: SamplingParams, prompt: Seq[int], output: Seq[int]) -> None:
         """Lower (or raise) the logits (V,) of the tokens so far, in place."""
@@ -2636,9 +2654,10 @@ class CpuSampler(Sampler):
                       ("top_ids", "i8", 20), ("top_logprobs", "f8", 20)])
 
     def sample(self, logits: np.ndarray, params: Seq[SamplingParams], seeds: Seq[int], choices: Seq[int],
-               positions: Seq[int], histories: Seq[tuple[Seq[int], Seq[int]]] | None = None) -> list[Sampled]:
+               positions: Seq[int], histories: Seq[tuple[Seq[int], Seq[int]]] | None = None,
+               masks: Seq[np.ndarray | None] | None = None) -> list[Sampled]:
         raw = np.ascontiguousarray(logits, np.float32)
-        adjusted = np.ascontiguousarray(self._adjust(raw, params, histories), np.float32)
+        adjusted = np.ascontiguousarray(self._forbid(self._adjust(raw, params, histories), masks), np.float32)
         draws = np.array([(p.temperature, p.top_p, p.min_p, p.top_k, -1 if p.logprobs is None else p.logprobs, *place)
                           for p, *place in zip(params, choices, positions, seeds)], self.DRAW)
         drawn = np.empty(len(draws), self.DRAWN)
@@ -2658,10 +2677,95 @@ class CpuSampler(Sampler):
 
 
 # ==============================================================================
+# Grammar -- which tokens may come next, so that an answer has the shape that was asked for
+# uses: Errors, Tokenizer
+# ==============================================================================
+
+
+class Structure(NamedTuple):
+    """The shape that an answer must have, and the request field that asked for it."""
+
+    kind: str  # json (a schema), regex or lark
+    source: Any
+    param: str
+
+
+class Constraint:
+    """The state of one answer in its grammar. One thread at a time uses it."""
+
+    def __init__(self, matcher: Any, vocab_size: int):
+        self._matcher, self._vocab_size = matcher, vocab_size
+
+    def copy(self) -> Constraint:
+        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+
+    def mask(self) -> np.ndarray:
+        """(V,) bool, True for the tokens that may come next."""
+        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        mask = np.zeros(self._vocab_size, bool)
+        mask[: len(bits)] = bits[: self._vocab_size]
+        return mask
+
+    def accept(self, token_id: int) -> bool:
+        """Goes on behind a token; False when the grammar cannot."""
+        return self._matcher.consume_token(token_id)
+
+    @property
+    def is_complete(self) -> bool:
+        """True when nothing more may come."""
+        return self._matcher.is_stopped()
+
+
+class GrammarCompiler:
+    """Makes constraints with llguidance (the extra `structured`); any thread may call it."""
+
+    MAX_SOURCE = 1 << 16  # characters
+    SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}  # as json.dumps writes
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]):
+        self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
+        self._lock, self._inner = threading.Lock(), None
+
+    def _load(self, param: str) -> Any:
+        """(llguidance, its tokenizer), made at the first use."""
+        try:
+            llguidance = importlib.import_module("llguidance")
+        except ImportError:
+            raise UnsupportedError(f"{param} needs llguidance, which is not installed here: "
+                                   "pip install 'rustinfer[structured]'", param) from None
+        with self._lock:
+            if self._inner is None:
+                self._inner = llguidance.LLTokenizer(self._tokenizer.inner.to_str(), n_vocab=self._vocab_size,
+                                                     eos_token=self._eos)
+        return llguidance, self._inner
+
+    def compile(self, structure: Structure) -> Constraint:
+        """Raises APIError, naming the field, for what is not a schema or a grammar, or is too large."""
+        text = structure.source if isinstance(structure.source, str) else json.dumps(structure.source)
+        if len(text) > self.MAX_SOURCE:
+            raise APIError(f"{structure.param} has {len(text)} characters; {self.MAX_SOURCE} are allowed",
+                           structure.param)
+        llguidance, tokenizer = self._load(structure.param)
+        matcher = llguidance.LLMatcher
+        try:
+            if structure.kind == "json":
+                grammar = matcher.grammar_from_json_schema(text, defaults=self.SPACING)
+            else:
+                grammar = (matcher.grammar_from_regex if structure.kind == "regex" else matcher.grammar_from_lark)(text)
+            found = matcher(tokenizer, grammar, log_level=0)
+            problem = found.get_error() if found.is_error() else ""
+        except ValueError as error:
+            problem = str(error)
+        if problem:
+            raise APIError(f"{structure.param} cannot be enforced: {shorten(problem)}", structure.param)
+        return Constraint(found, self._vocab_size)
+
+
+# ==============================================================================
 # II. MANY REQUESTS AT ONCE
 # ==============================================================================
 # KV cache -- blocks, reference counts, prefix hashes; no arrays
-# uses: Settings
+# uses: Settings, Grammar
 # ==============================================================================
 
 
@@ -2675,6 +2779,8 @@ class Sequence:
                  choice: int = 0):
         self.seq_id, self.params, self.seed, self.salt = seq_id, params, seed, salt
         self.choice = choice  # which of a request's n answers
+        self.constraint: Constraint | None = None  # Engine.submit sets these two
+        self.end_token_ids: list[int] = []  # tokens that end the answer
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = math.inf if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
@@ -2702,6 +2808,10 @@ class Sequence:
     def history(self) -> tuple[list[int], list[int]]:
         """Prompt token ids and output token ids."""
         return self.token_ids[: self.num_prompt_tokens], self.token_ids[self.num_prompt_tokens :]
+
+    @property
+    def needs_mask(self) -> bool:
+        return self.constraint is not None or self.num_output_tokens < self.params.min_tokens
 
     @property
     def is_full(self) -> bool:
@@ -3098,8 +3208,18 @@ class ArrayRunner:
         tokens = iter(self._sampler.sample(
             logits, [seq.params for seq in complete], [seq.seed for seq in complete],
             [seq.choice for seq in complete], [seq.num_tokens for seq in complete],
-            [seq.history if seq.params.has_penalties else None for seq in complete]) if complete else ())
+            [seq.history if seq.params.has_penalties else None for seq in complete],
+            [self._mask(seq) if seq.needs_mask else None for seq in complete]) if complete else ())
         return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+
+    def _mask(self, seq: Sequence) -> np.ndarray:
+        """(V,) bool: what the grammar allows, and no end before its time unless the grammar has come to its own."""
+        mask = seq.constraint.mask() if seq.constraint else np.ones(self._model.config.vocab_size, bool)
+        if seq.num_output_tokens < seq.params.min_tokens:
+            later = mask.copy()
+            later[seq.end_token_ids] = False
+            mask = later if later.any() else mask
+        return mask
 
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         """The tokens of a launched step, once they are there."""
@@ -3298,7 +3418,7 @@ def make_runner(model: Llama, config: EngineConfig) -> ArrayRunner | CudaRunner:
 
 # ==============================================================================
 # Engine -- the one loop thread and the global lock: submit, stream, abort, close
-# uses: Errors, Settings, Model, Sampler, KV cache, Scheduler, Metrics, Runner
+# uses: Errors, Settings, Model, Sampler, Grammar, KV cache, Scheduler, Metrics, Runner
 # ==============================================================================
 
 
@@ -3397,6 +3517,7 @@ class Engine:
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
         self._runner = make_runner(model, config)
+        self._looks_ahead = self._runner.looks_ahead
         self._in_flight: InFlight | None = None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -3409,12 +3530,17 @@ class Engine:
     # -- any thread
 
     def submit(self, prompt_token_ids: Seq[int], params: SamplingParams, salt: bytes = b"", param: str = "prompt",
-               changed: threading.Condition | None = None, choice: int = 0) -> Handle:
+               changed: threading.Condition | None = None, choice: int = 0,
+               constraint: Constraint | None = None) -> Handle:
         """Queue a request. Raises APIError when it can never fit, the queue is full or the engine is ending.
 
         `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
         """
         params = self._check(prompt_token_ids, params, param)
+        if self._looks_ahead and (constraint or params.min_tokens):
+            what = "structured output" if constraint else "min_tokens"
+            raise UnsupportedError(f"{what} is not supported with CUDA kernels yet; --device cpu has it",
+                                   "response_format" if constraint else "min_tokens")
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
             if self.dead:
@@ -3425,6 +3551,8 @@ class Engine:
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
                                      f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt, choice)
+            seq.constraint = constraint
+            seq.end_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)
@@ -3439,6 +3567,8 @@ class Engine:
         ids = np.asarray(prompt_token_ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < vocab_size:
             raise APIError(f"token ids must be whole numbers from 0 to {vocab_size - 1}", param)
+        if any(not 0 <= token_id < vocab_size for token_id in params.stop_token_ids):
+            raise APIError(f"stop_token_ids must be from 0 to {vocab_size - 1}", "stop_token_ids")
         for token_id, _ in params.logit_bias:
             if token_id >= vocab_size:
                 raise APIError(f"logit_bias names token {token_id}; the last one is {vocab_size - 1}", "logit_bias")
@@ -3509,7 +3639,7 @@ class Engine:
             self._drop_aborted()
             step = self._schedule()
         launched = self._launch(step) if step.sequences else None
-        if self._runner.looks_ahead:
+        if self._looks_ahead:
             launched, self._in_flight = self._in_flight, launched
         if launched:
             self._finish_step(launched)
@@ -3580,6 +3710,8 @@ class Engine:
         seq.token_ids[place] = token.token_id
         if handle.timing.first_token is None:
             handle.timing.first_token = time.monotonic()
+        if seq.constraint and not seq.constraint.accept(token.token_id):
+            return self._end(seq, "error", EngineError("the grammar refused a token that it had allowed"))
         handle.put(token)
         if reason := self._stop_reason(seq, token.token_id, place + 1 - seq.num_prompt_tokens):
             del seq.token_ids[place + 1 :]  # the overrun token
@@ -3587,6 +3719,8 @@ class Engine:
 
     def _stop_reason(self, seq: Sequence, token_id: int, num_output_tokens: int) -> str | None:
         if token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos):
+            return "stop"
+        if seq.constraint and seq.constraint.is_complete:
             return "stop"
         return "length" if num_output_tokens >= seq.params.max_tokens else None
 
@@ -3627,7 +3761,7 @@ class Engine:
 # III. THE WIRE
 # ==============================================================================
 # API -- JSON to typed requests, results to OpenAI objects; pure functions, no sockets
-# uses: Errors, Settings
+# uses: Errors, Settings, Grammar
 # ==============================================================================
 
 MAX_JSON_DEPTH, MAX_MESSAGES, MAX_STOPS, MAX_STOP_LENGTH = 64, 4096, 16, 1024
@@ -3667,7 +3801,8 @@ SHARED_FIELDS = (  # of every route that generates
     Field("stop_token_ids", "array", 0, MAX_STOP_TOKENS),
     Field("ignore_eos", "boolean"),
     Field("user", "string"),
-    Field("min_tokens", "unsupported", neutral=(None, 0)),
+    Field("structured_outputs", "object"),
+    Field("min_tokens", "integer", 0, 1 << 31),
 )
 CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
@@ -3675,7 +3810,8 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("logprobs", "boolean"),
     Field("top_logprobs", "integer", 0, 20, neutral=(None, 0)),
     Field("metadata", "object"),
-    Field("response_format", "unsupported", neutral=(None, {"type": "text"})),
+    Field("add_generation_prompt", "boolean"),
+    Field("response_format", "object", neutral=(None, {"type": "text"})),
     Field("store", "unsupported", neutral=(None, False)),
     Field("tools", "array", 0, MAX_TOOLS),
     Field("tool_choice", "any"),
@@ -3922,16 +4058,22 @@ def parse_tools(tools: list) -> list[dict]:
     return tools
 
 
-def offered_tools(given: dict) -> list[dict]:
-    """The tools that the model may call."""
+def offered_tools(given: dict) -> tuple[list[dict], list[dict]]:
+    """The tools that the model may call, and those of which it must call one."""
     tools, choice = parse_tools(given.get("tools", [])), given.get("tool_choice", "auto")
-    if choice not in ("auto", "none"):
-        shown = shorten(json.dumps(choice))
-        raise UnsupportedError(f"tool_choice is {shown}; auto and none are supported", "tool_choice",
-                               code="unsupported_value")
     if "tool_choice" in given and not tools and choice != "none":
         raise APIError("tool_choice is allowed only with tools", "tool_choice")
-    return tools if choice == "auto" else []
+    if choice in ("auto", "none"):
+        return (tools if choice == "auto" else []), []
+    if choice == "required":
+        return tools, tools
+    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    named = [tool for tool in tools if tool["function"]["name"] == name]
+    if not named:
+        raise APIError(f"tool_choice is {shorten(json.dumps(choice))}; auto, none, required or the name of one of the "
+                       "tools is expected", "tool_choice")
+    return tools, named
 
 
 class ToolCall(NamedTuple):
@@ -4067,6 +4209,81 @@ def parse_metadata(given: dict) -> dict[str, str]:
     return given
 
 
+RESPONSE_FORMAT_FIELDS = {"type": Field("type", "string"), "json_schema": Field("json_schema", "object")}
+SCHEMA_FIELDS = {f.name: f for f in (Field("name", "string"), Field("description", "string"), Field("schema", "object"),
+                                     Field("strict", "boolean"))}
+STRUCTURE_FIELDS = {f.name: f for f in (  # as vLLM spells them
+    Field("json", "any"), Field("regex", "string"), Field("choice", "array", 1, 1024), Field("grammar", "string"),
+    Field("json_object", "boolean", neutral=(None, False)))}
+
+
+def parse_response_format(given: dict) -> Structure:
+    """OpenAI's: json_object or json_schema."""
+    checked = check_fields(given, RESPONSE_FORMAT_FIELDS, "response_format.")
+    kind = checked.get("type")
+    if kind == "json_object" and "json_schema" not in checked:
+        return Structure("json", {"type": "object"}, "response_format")
+    if kind != "json_schema":
+        raise APIError(f"response_format.type is {shorten(kind)}; text, json_object and json_schema are supported",
+                       "response_format.type", code="unsupported_value")
+    schema = check_fields(checked.get("json_schema", {}), SCHEMA_FIELDS, "response_format.json_schema.").get("schema")
+    if schema is None:
+        raise APIError("response_format.json_schema.schema is missing; a JSON schema is expected",
+                       "response_format.json_schema.schema")
+    return Structure("json", schema, "response_format.json_schema.schema")
+
+
+def parse_structured_outputs(given: dict) -> Structure:
+    """vLLM's: one of json, regex, choice, grammar (Lark) and json_object."""
+    checked = check_fields(given, STRUCTURE_FIELDS, "structured_outputs.")
+    if len(checked) != 1:
+        raise APIError(f"structured_outputs has {len(checked)} of {', '.join(STRUCTURE_FIELDS)}; give one",
+                       "structured_outputs")
+    (name, value), = checked.items()
+    param = f"structured_outputs.{name}"
+    if name == "choice":
+        if not all(isinstance(text, str) and text for text in value):
+            raise InvalidTypeError(f"{param} must hold strings that are not empty", param)
+        return Structure("regex", "|".join(re.escape(text) for text in value), param)
+    if name == "json" and not isinstance(value, (dict, str)):
+        raise InvalidTypeError(f"{param} is of type {TYPE_NAMES[type(value)]}; object is expected", param)
+    return {"json": Structure("json", value, param), "regex": Structure("regex", value, param),
+            "grammar": Structure("lark", value, param),
+            "json_object": Structure("json", {"type": "object"}, param)}[name]
+
+
+def move_references(value: Any, place: str) -> Any:
+    """A schema whose root will stand at `place` of another one: its references go along."""
+    if isinstance(value, dict):
+        return {key: place + item[1:] if key == "$ref" and isinstance(item, str) and item.startswith("#")
+                else move_references(item, place) for key, item in value.items()}
+    return [move_references(item, place) for item in value] if isinstance(value, list) else value
+
+
+def call_schema(tools: list[dict]) -> dict:
+    """The JSON schema of a call of one of the tools."""
+    calls = []
+    for index, tool in enumerate(tools):
+        function, place = tool["function"], "#/anyOf/%d/properties/parameters" % index
+        parameters = move_references(function.get("parameters") or {"type": "object"}, place)
+        calls.append({"type": "object", "required": ["name", "parameters"], "additionalProperties": False,
+                      "properties": {"name": {"const": function["name"]}, "parameters": parameters}})
+    return {"anyOf": calls}
+
+
+def parse_structure(given: dict, forced: Seq[dict] = ()) -> Structure | None:
+    """What the answer must look like; `forced` are tools of which one must be called."""
+    asked = [name for name in ("response_format", "structured_outputs") if name in given]
+    asked += ["tool_choice"] if forced else []
+    if len(asked) > 1:
+        raise APIError(f"{asked[1]} is not allowed together with {asked[0]}", asked[1])
+    if forced:
+        return Structure("json", call_schema(list(forced)), "tool_choice")
+    if "response_format" in given:
+        return parse_response_format(given["response_format"])
+    return parse_structured_outputs(given["structured_outputs"]) if "structured_outputs" in given else None
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """A checked request for text: of the chat route with messages, of the completions route with prompts."""
@@ -4079,6 +4296,8 @@ class GenerationRequest:
     user: str
     metadata: dict[str, str]
     messages: list[dict] = ()
+    add_generation_prompt: bool = True
+    structure: Structure | None = None
     tools: list[dict] = ()
     parallel_tool_calls: bool = True
     prompts: list[str | list[int]] = ()
@@ -4086,7 +4305,7 @@ class GenerationRequest:
 
 
 PASSED_ON = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty",
-             "seed", "ignore_eos")  # to SamplingParams as they are
+             "seed", "ignore_eos", "min_tokens")  # to SamplingParams as they are
 
 
 def parse_generation(given: dict, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None,
@@ -4113,8 +4332,11 @@ def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
     if "top_logprobs" in given and not given.get("logprobs"):
         raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
+    tools, forced = offered_tools(given)
     return parse_generation(given, defaults, limits.pop() if limits else None, logprobs,
-                            messages=parse_messages(given["messages"]), tools=offered_tools(given),
+                            messages=parse_messages(given["messages"]), tools=tools,
+                            structure=parse_structure(given, forced),
+                            add_generation_prompt=given.get("add_generation_prompt", True),
                             parallel_tool_calls=given.get("parallel_tool_calls", True))
 
 
@@ -4137,7 +4359,8 @@ def parse_completion(values: dict, defaults: SamplingParams) -> GenerationReques
     if given.get("echo") and "logprobs" in given:
         raise UnsupportedError("echo with logprobs is not supported yet", "echo")
     return parse_generation(given, defaults, given.get("max_tokens", 16), given.get("logprobs"),
-                            prompts=parse_prompts(given["prompt"]), echo=given.get("echo", False))
+                            prompts=parse_prompts(given["prompt"]), echo=given.get("echo", False),
+                            structure=parse_structure(given))
 
 
 def usage_object(group: Group) -> dict:
@@ -4473,7 +4696,9 @@ class Group:
     cache. One thread reads a group; any may abort it.
     """
 
-    def __init__(self, llm: LLM, prompts: Seq[Seq[int]], params: SamplingParams, n: int = 1, param: str = "prompt"):
+    def __init__(self, llm: LLM, prompts: Seq[Seq[int]], params: SamplingParams, n: int = 1, param: str = "prompt",
+                 constraint: Constraint | None = None):
+        self._constraint = constraint
         seed = secrets.randbits(63) if params.seed is None else params.seed  # of all choices: their numbers differ
         self.n, self._llm, self._param = n, llm, param
         self._params, self._prompts = dataclasses.replace(params, seed=seed), prompts
@@ -4488,7 +4713,8 @@ class Group:
 
     def _start(self, place: int) -> None:
         prompt, choice = self._prompts[place // self.n], place % self.n
-        self.places[place] = self._llm.submit(prompt, self._params, self._param, self._changed, choice)
+        constraint = self._constraint.copy() if self._constraint else None
+        self.places[place] = self._llm.submit(prompt, self._params, self._param, self._changed, choice, constraint)
         if self._aborted:  # while it was being queued
             self.abort()
 
@@ -4609,6 +4835,7 @@ class LLM:
         num_blocks = count_kv_blocks(self.config, model, max_model_len)
         model.allocate_kv_cache(num_blocks)
         self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids())
+        self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.engine.eos_token_ids)
         self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters
         self.device_index, self.backend_name = backend.device_index, backend.name
         self.kv_capacity = num_blocks * self.config.block_size  # tokens
@@ -4641,7 +4868,8 @@ class LLM:
         return dataclasses.replace(sampling_params or self.default_params, **options)
 
     def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
-               changed: threading.Condition | None = None, choice: int = 0) -> Answer:
+               changed: threading.Condition | None = None, choice: int = 0,
+               constraint: Constraint | None = None) -> Answer:
         """Queue one prompt: text, a list of token ids, or vLLM's {"prompt_token_ids": [...]}."""
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
@@ -4650,7 +4878,8 @@ class LLM:
                 f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
         prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        handle = self.engine.submit(token_ids, params, param=param, changed=changed, choice=choice)
+        handle = self.engine.submit(token_ids, params, param=param, changed=changed, choice=choice,
+                                    constraint=constraint)
         return Answer(self.tokenizer, handle, self.engine.eos_token_ids)
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
@@ -5392,7 +5621,7 @@ class Server:
         self._check_model(llm, request.model)
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
-        prompt = llm.template.encode(request.messages, tools=request.tools)
+        prompt = llm.template.encode(request.messages, request.add_generation_prompt, request.tools)
         reply = functools.partial(ChatReply, tools=request.tools, parallel=request.parallel_tool_calls)
         self._generate(handler, llm, request, [prompt], "messages", reply)
 
@@ -5414,7 +5643,8 @@ class Server:
         named = {"user": shorten(request.user, 64)} if request.user else {}
         named |= {"metadata": request.metadata} if request.metadata else {}
         handler.note = " ".join(f"{name}={json.dumps(value)}" for name, value in named.items())
-        group = Group(llm, prompts, request.params, request.n, param)
+        constraint = llm.grammars.compile(request.structure) if request.structure else None
+        group = Group(llm, prompts, request.params, request.n, param, constraint)
         self._groups.add(group)
         self._watcher.add(handler.connection, group.abort)
         try:

@@ -102,18 +102,19 @@ class TestFields:
         ("max_tokens", 1), ("max_tokens", 1 << 31), ("max_completion_tokens", 7), ("temperature", 0),
         ("temperature", 2), ("temperature", 0.3),
         ("top_p", 1), ("top_p", 0.0001), ("top_k", -1), ("top_k", 0), ("top_k", 50), ("min_p", 0), ("min_p", 1),
-        ("seed", 0), ("frequency_penalty", -2), ("frequency_penalty", 0.5), ("presence_penalty", 2),
+        ("seed", 0), ("min_tokens", 0), ("min_tokens", 9),
+        ("frequency_penalty", -2), ("frequency_penalty", 0.5), ("presence_penalty", 2),
         ("repetition_penalty", 0.1), ("repetition_penalty", 10),
         ("seed", -(1 << 63)), ("seed", (1 << 64) - 1), ("ignore_eos", True), ("ignore_eos", False)])
     def test_values_in_range_reach_the_sampling_params(self, name, value):
         params = chat(**{name: value}).params
-        assert getattr(params, "max_tokens" if "tokens" in name else name) == value
+        assert getattr(params, "max_tokens" if name == "max_completion_tokens" else name) == value
 
     @pytest.mark.parametrize("name, value", [
         ("max_tokens", 0), ("max_tokens", -1), ("max_tokens", 1 << 40), ("max_completion_tokens", 0),
         ("temperature", -0.1), ("temperature", 2.1),
         ("temperature", 10**400), ("top_p", 0), ("top_p", 0.0), ("top_p", -1), ("top_p", 1.01), ("top_k", -2),
-        ("min_p", 1.5), ("min_p", -1), ("n", 0), ("n", 9), ("n", 10**6), ("frequency_penalty", 2.1),
+        ("min_p", 1.5), ("min_p", -1), ("min_tokens", -1), ("n", 0), ("n", 9), ("n", 10**6), ("frequency_penalty", 2.1),
         ("presence_penalty", -2.1), ("repetition_penalty", 0), ("repetition_penalty", 10.1),
         ("logit_bias", {"a": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": 101}),
         ("logit_bias", {"1": 1, "01": 2}),
@@ -157,8 +158,7 @@ class TestFields:
         assert chat(**{name: value}) == chat()
 
     @pytest.mark.parametrize("name, value", [
-        ("min_tokens", 3),
-        ("response_format", {"type": "json_object"}), ("store", True),
+        ("store", True),
         ("reasoning_effort", "low"), ("best_of", 2), ("no_such_field", 1),
         ("Temperature", 1), ("", 1)])
     def test_what_is_not_supported_is_refused_never_ignored(self, name, value):
@@ -173,7 +173,8 @@ class TestFields:
         names = {item.name for item in dataclasses.fields(SamplingParams)}
         known = {name for name, field in CHAT_FIELDS.items() if field.kind != "unsupported"}
         assert known - names == {"model", "messages", "stream", "stream_options", "max_completion_tokens", "user", "n",
-                                 "top_logprobs", "metadata", "tools", "tool_choice", "parallel_tool_calls"}
+                                 "top_logprobs", "metadata", "tools", "tool_choice", "parallel_tool_calls",
+                                 "response_format", "structured_outputs", "add_generation_prompt"}
 
     def test_two_equal_limits_agree_and_different_ones_do_not(self):
         assert chat(max_tokens=5, max_completion_tokens=5).params.max_tokens == 5

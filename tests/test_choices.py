@@ -106,6 +106,18 @@ def test_logit_bias_and_stop_token_ids_have_their_effect(client, name, tiny_llm)
     assert punished.choices[0].message.content != repeated
 
 
+def test_no_answer_ends_before_min_tokens(client, name, tiny_llm):
+    end = min(tiny_llm.engine.eos_token_ids)
+    options = dict(model=name, messages=MESSAGES, logit_bias={str(end): 100}, max_tokens=9, temperature=0)
+    at_once = client.chat.completions.create(**options)
+    later = client.chat.completions.create(extra_body={"min_tokens": 5}, **options)
+    assert at_once.usage.completion_tokens == 1 and at_once.choices[0].finish_reason == "stop"
+    assert later.usage.completion_tokens == 6 and later.choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(extra_body={"min_tokens": 10}, **options)
+    assert caught.value.param == "min_tokens"
+
+
 class TestCompletions:
     def test_prompts_of_every_form(self, client, name, tiny_llm):
         ids = tiny_llm.tokenizer.encode_prompt("Once upon")
@@ -192,7 +204,7 @@ class TestUtilities:
         chat, completions = (body["routes"][path] for path in ("/v1/chat/completions", "/v1/completions"))
         assert status == 200 and body["max_model_len"] == tiny_llm.max_model_len
         assert chat["temperature"] == {"type": "number", "supported": True, "minimum": 0, "maximum": 2}
-        assert chat["response_format"] == {"supported": False}
+        assert chat["functions"] == {"supported": False}
         assert completions["prompt"] == {"type": "any", "supported": True}
         assert set(chat) == set(rustinfer.CHAT_FIELDS) and set(completions) == set(rustinfer.COMPLETION_FIELDS)
 

@@ -119,8 +119,7 @@ class TestErrors:
         ({"messages": [*HELLO, {"role": "bot", "content": ""}]}, openai.BadRequestError, "invalid_value",
          "messages[1].role"),
         ({"max_tokens": 100_000}, openai.BadRequestError, "context_length_exceeded", "messages"),
-        ({"response_format": {"type": "json_object"}}, openai.BadRequestError, "unsupported_parameter",
-         "response_format")])
+        ({"store": True}, openai.BadRequestError, "unsupported_parameter", "store")])
     @pytest.mark.parametrize("stream", [False, True])
     def test_errors_are_the_classes_that_programs_catch(self, client, stream, fields, kind, code, param):
         with pytest.raises(kind) as caught:

@@ -1,0 +1,190 @@
+"""Structured output: an answer that ends by itself has the shape that was asked for, or the request is refused."""
+import json
+import random
+import re
+import string
+
+import jsonschema
+import numpy as np
+import openai
+import pytest
+from harness import REFERENCES, local_server
+
+import rustinfer
+from rustinfer import Structure
+from test_tools import WEATHER
+
+MESSAGES = [{"role": "user", "content": "Tell me something."}]
+HOT = dict(messages=MESSAGES, temperature=1.5, max_tokens=400)
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu") as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def server(llm):
+    with local_server(llm) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def schema_format(schema):
+    return {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+
+
+def random_schema(rng, depth=0):
+    """A schema whose values have a bounded size."""
+    kinds = ["string", "integer", "boolean", "enum", "null"] + (["object", "array"] * 2 if depth < 2 else [])
+    kind = rng.choice(kinds)
+    if kind == "string":
+        return {"type": "string", "maxLength": rng.randrange(1, 9)}
+    if kind == "integer":
+        return {"type": "integer", "minimum": -rng.randrange(50), "maximum": rng.randrange(1000)}
+    if kind == "enum":
+        return {"enum": [rng.choice(string.ascii_lowercase) * rng.randrange(1, 5) for _ in range(3)]}
+    if kind == "object":
+        names = rng.sample(["a", "b", "name", "value", "x_y"], rng.randrange(1, 4))
+        return {"type": "object", "properties": {name: random_schema(rng, depth + 1) for name in names},
+                "required": names, "additionalProperties": False}
+    if kind == "array":
+        return {"type": "array", "items": random_schema(rng, depth + 1), "maxItems": rng.randrange(1, 4)}
+    return {"type": kind}
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_answers_that_stop_are_valid(client, llm, seed):
+    schema = random_schema(random.Random(seed))
+    choice = client.chat.completions.create(model=llm.name, seed=seed, response_format=schema_format(schema),
+                                            **HOT).choices[0]
+    assert choice.finish_reason == "stop"
+    jsonschema.validate(json.loads(choice.message.content), schema)
+
+
+def test_every_way_of_asking_has_its_shape(client, llm):
+    warm = dict(HOT, model=llm.name, temperature=1.0)
+    ask = lambda **fields: client.chat.completions.create(**warm, **fields).choices[0]
+    outputs = lambda **fields: ask(extra_body={"structured_outputs": fields}).message.content
+    assert re.fullmatch(r"[a-f]{3}-\d\d", outputs(regex=r"[a-f]{3}-[0-9][0-9]"))
+    assert outputs(choice=["red", "green.", "(blue)"]) in ("red", "green.", "(blue)")
+    assert re.fullmatch(r"(yes|no)!{1,3}", outputs(grammar='start: ("yes" | "no") "!"{1,3}'))
+    assert json.loads(outputs(json={"type": "array", "items": {"type": "boolean"}, "minItems": 2, "maxItems": 2}))
+    text = ask(response_format={"type": "json_object"}).message.content
+    assert text.startswith("{")
+
+
+def test_completions_are_shaped_too_and_every_choice_by_itself(client, llm):
+    answer = client.completions.create(model=llm.name, prompt=["a", "b"], n=3, temperature=1.4, max_tokens=50, seed=1,
+                                       extra_body={"structured_outputs": {"regex": "[0-9]{4}"}})
+    texts = [choice.text for choice in answer.choices]
+    assert len(texts) == 6 and all(re.fullmatch("[0-9]{4}", text) for text in texts) and len(set(texts)) > 1
+    assert {choice.finish_reason for choice in answer.choices} == {"stop"}
+
+
+def test_streams_equal_whole_answers(client, llm):
+    schema = {"type": "object", "additionalProperties": False, "required": ["a", "b"],
+              "properties": {"a": {"type": "string", "maxLength": 9}, "b": {"type": "integer"}}}
+    options = dict(model=llm.name, seed=4, response_format=schema_format(schema), **HOT)
+    whole = client.chat.completions.create(**options).choices[0]
+    parts = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **options)]
+    assert "".join(part.delta.content or "" for part in parts) == whole.message.content
+    assert parts[-1].finish_reason == whole.finish_reason
+
+
+def test_constrained_and_free_requests_run_side_by_side(llm):
+    """A constrained request has the tokens that it has alone, and so have the others."""
+    constraint = llm.grammars.compile(Structure("regex", "[a-z]{12}", "x"))
+    free = rustinfer.SamplingParams(temperature=1.0, seed=2, max_tokens=12, ignore_eos=True, logprobs=1)
+    alone = [token.token_id for token in llm.engine.submit([5, 6, 7], free, constraint=constraint.copy())]
+    others = [llm.engine.submit([9, 10 + number], free) for number in range(6)]
+    again = llm.engine.submit([5, 6, 7], free, constraint=constraint.copy())
+    assert [token.token_id for token in again] == alone
+    expected = [[token.token_id for token in llm.engine.submit([9, 10 + number], free)] for number in range(6)]
+    assert [[token.token_id for token in handle] for handle in others] == expected
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+@pytest.mark.parametrize("stream", [False, True])
+def test_forced_calls_are_calls(client, llm, choice, stream):
+    other = {"type": "function", "function": {"name": "add", "parameters": {
+        "type": "object", "properties": {"n": {"$ref": "#/$defs/small"}}, "required": ["n"],
+        "additionalProperties": False, "$defs": {"small": {"type": "integer", "minimum": 0, "maximum": 9}}}}}
+    weather = json.loads(json.dumps(WEATHER))
+    weather["function"]["parameters"] |= {"additionalProperties": False}
+    weather["function"]["parameters"]["properties"]["city"]["maxLength"] = 8
+    options = dict(model=llm.name, tools=[other, weather], tool_choice=choice, **HOT)
+    seen = set()
+    for seed in range(6):
+        if stream:
+            chunks = list(client.chat.completions.create(stream=True, seed=seed, **options))
+            deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or ()]
+            name, text = deltas[0].function.name, "".join(delta.function.arguments for delta in deltas)
+            assert chunks[-1].choices[0].finish_reason == "tool_calls"
+            assert not any(chunk.choices[0].delta.content for chunk in chunks)
+        else:
+            answer = client.chat.completions.create(seed=seed, **options).choices[0]
+            call, = answer.message.tool_calls
+            name, text = call.function.name, call.function.arguments
+            assert answer.finish_reason == "tool_calls" and answer.message.content is None
+        seen.add(name)
+        tool = {"add": other, "get_weather": weather}[name]
+        jsonschema.validate(json.loads(text), tool["function"]["parameters"])
+    assert seen <= {"add", "get_weather"} if choice == "required" else seen == {"get_weather"}
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"response_format": {"type": "xml"}}, "response_format.type"), ({"response_format": {}}, "response_format.type"),
+    ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+    ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x"),
+    ({"response_format": schema_format({"type": "strange"})}, "response_format.json_schema.schema"),
+    ({"response_format": schema_format({"type": "string", "pattern": "[a-"})}, "response_format.json_schema.schema"),
+    ({"response_format": schema_format({"enum": ["x" * (1 << 16)]})}, "response_format.json_schema.schema"),
+    ({"structured_outputs": {}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+    ({"structured_outputs": {"regex": "[a-"}}, "structured_outputs.regex"),
+    ({"structured_outputs": {"grammar": "start: nothing"}}, "structured_outputs.grammar"),
+    ({"structured_outputs": {"choice": [1]}}, "structured_outputs.choice"),
+    ({"structured_outputs": {"json": 5}}, "structured_outputs.json"),
+    ({"structured_outputs": {"xml": 5}}, "structured_outputs.xml"),
+    ({"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}}, "structured_outputs"),
+    ({"tools": [WEATHER], "tool_choice": "required", "response_format": {"type": "json_object"}}, "tool_choice")])
+def test_what_cannot_be_enforced_is_refused_by_name(server, fields, param):
+    from harness import RawConnection
+
+    with RawConnection(server.port) as connection:
+        status, _, body = connection.request("POST", "/v1/chat/completions", {"messages": MESSAGES, **fields})
+    assert (status, body["error"]["param"]) == (400, param)
+
+
+def test_without_llguidance_the_request_is_refused_with_what_to_install(client, llm, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
+    with pytest.raises(openai.BadRequestError, match=r"pip install 'rustinfer\[structured\]'") as caught:
+        client.chat.completions.create(model=llm.name, messages=MESSAGES, response_format={"type": "json_object"})
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "response_format")
+
+
+def test_a_mask_leaves_broken_logits_broken(llm):
+    sampler = rustinfer.Sampler(rustinfer.ArrayBackend())
+    mask = np.array([False, True, False])
+    params = [rustinfer.SamplingParams(temperature=0)]
+    for logits, token, finite in (([9, 1, 5], 1, True), ([9, -np.inf, 5], None, False), ([np.nan, 1, 5], 0, False)):
+        drawn = sampler.sample(np.array([logits], np.float32), params, [1], [0], [0], masks=[mask])[0]
+        assert drawn.finite == finite and (token is None or drawn.token_id == token)
+
+
+def test_the_demo_model_fills_a_schema():
+    schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"],
+              "additionalProperties": False}
+    with rustinfer.LLM(None, device="cpu") as llm, local_server(llm) as server, openai.OpenAI(
+            base_url=server.url + "/v1", api_key="none") as client:
+        answer = client.chat.completions.create(
+            model="demo", temperature=0, max_tokens=60, response_format=schema_format(schema),
+            messages=[{"role": "user", "content": "What is the capital of France?"}]).choices[0]
+    jsonschema.validate(json.loads(answer.message.content), schema)
