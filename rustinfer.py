@@ -2171,20 +2171,25 @@ class CpuBackend(ArrayBackend):
     """
 
     MAX_HEAD_DIM = 256  # as in attention.c
+    SMALL_MODEL, SMALL_STEP = 1 << 24, 1 << 27  # bytes of weights; times tokens: less is not worth waking other threads
 
     ROUNDINGS = ("", ", bfloat16 activations", ", bfloat16 activations in AMX tiles")  # by enum Arithmetic
 
     def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig, arithmetic: int = FLOAT32):
         self.kernels, self.engine_config, self.arithmetic = kernels, config, arithmetic
         self._description = description + self.ROUNDINGS[arithmetic]
-        self.team = kernels.team_create(config.threads or usable_cores())
-        if self.team is None:
+        teams = [kernels.team_create(size) for size in (config.threads or usable_cores(), 1)]
+        if None in teams:
+            for team in filter(None, teams):
+                kernels.team_free(team)
             raise KernelError("there is no memory for threads")
+        self.team, self._alone = teams
         super().__init__(np)  # holds BLAS at one thread: its threads and ours would wait for each other
         self.threads = kernels.team_size(self.team)
         # tiles hold 16 tokens: for a single one vectors are faster, but give it other bits
         self._one_token = PAIRS if arithmetic == TILED and config.no_batch_invariant else arithmetic
         self._pages = HugePages(self.threads) if config.weights == "copy" else None
+        self._weight_bytes = 0
         self._capacity = 0
 
     @classmethod
@@ -2208,6 +2213,7 @@ class CpuBackend(ArrayBackend):
     def close(self) -> None:
         if self.team:
             self.kernels.team_free(self.team)
+            self.kernels.team_free(self._alone)
             self.team = None
             super().close()
         self._buffers = self._pages = self._logits = None
@@ -2227,6 +2233,7 @@ class CpuBackend(ArrayBackend):
         """Nothing to find out: the kernels' order of summation is their own."""
 
     def load_weight(self, parts: Seq[RawTensor]) -> CpuWeight:
+        self._weight_bytes += sum(part.data.nbytes for part in parts)
         return CpuWeight.of([self._place(part) for part in parts])
 
     def _place(self, part: RawTensor) -> np.ndarray:
@@ -2271,14 +2278,15 @@ class CpuBackend(ArrayBackend):
 
     def embedding(self, step: CpuStep, table: CpuWeight) -> np.ndarray:
         ids, x = step.batch.input_ids, self._buffers["x"][: len(step.batch.input_ids)]
-        self._call("run_embedding", CEmbedding(x.ctypes.data, table.structs[0], ids.ctypes.data, len(ids)))
+        size = len(ids)
+        self._call("run_embedding", CEmbedding(x.ctypes.data, table.structs[0], ids.ctypes.data, size), size)
         return x
 
     def run_layers(self, x: np.ndarray, layers: list[Layer], kv_cache: np.ndarray, step: CpuStep) -> np.ndarray:
         self._call("run_layers", CLayers(
             x.ctypes.data, ctypes.addressof(self._structs(layers)), len(layers), kv_cache[0].ctypes.data,
             kv_cache[1].ctypes.data, math.prod(kv_cache.shape[2:]), ctypes.addressof(self._model),
-            ctypes.addressof(step.struct), ctypes.addressof(self._buffer_struct)))
+            ctypes.addressof(step.struct), ctypes.addressof(self._buffer_struct)), len(x))
         return x
 
     def _structs(self, layers: list[Layer]) -> Any:
@@ -2295,11 +2303,17 @@ class CpuBackend(ArrayBackend):
         rows, logits = step.batch.logits_indices, self._logits[: len(step.batch.logits_indices)]
         self._call("run_lm_head", CHead(
             logits.ctypes.data, self._buffers["normed"].ctypes.data, x.ctypes.data, rows.ctypes.data, len(rows),
-            norm.ctypes.data, head.stack(), self._buffers["packed"].ctypes.data, ctypes.addressof(self._model)))
+            norm.ctypes.data, head.stack(), self._buffers["packed"].ctypes.data, ctypes.addressof(self._model)),
+            len(rows))
         return logits
 
-    def _call(self, name: str, argument: ctypes.Structure) -> None:
-        getattr(self.kernels, name)(self.team, ctypes.byref(argument))
+    def team_for(self, num_tokens: int) -> int:
+        """The threads for so many tokens: where a step takes microseconds, one does not wait for another."""
+        small = self._weight_bytes < self.SMALL_MODEL and self._weight_bytes * num_tokens < self.SMALL_STEP
+        return self._alone if small else self.team
+
+    def _call(self, name: str, argument: ctypes.Structure, num_tokens: int) -> None:
+        getattr(self.kernels, name)(self.team_for(num_tokens), ctypes.byref(argument))
 
 
 class RoundedBackend(ArrayBackend):
@@ -2356,6 +2370,7 @@ def check_kernels(kernels: ctypes.CDLL, config: EngineConfig, model: ModelConfig
     expected = run_probe(twin(batch_invariant=False), probe, size, whole)
     small = dataclasses.replace(config, weights="mmap", max_num_batched_tokens=None)
     backend = CpuBackend(kernels, "", small, arithmetic)
+    backend.SMALL_MODEL = 0  # with all threads, although the probe is small
     try:
         found, again = (run_probe(backend, probe, size, tokens) for tokens in (whole, pieces))
     finally:
@@ -2661,7 +2676,8 @@ class CpuSampler(Sampler):
         draws = np.array([(p.temperature, p.top_p, p.min_p, p.top_k, -1 if p.logprobs is None else p.logprobs, *place)
                           for p, *place in zip(params, choices, positions, seeds)], self.DRAW)
         drawn = np.empty(len(draws), self.DRAWN)
-        self._backend.kernels.sample_rows(self._backend.team, adjusted.ctypes.data, raw.ctypes.data, *raw.shape,
+        team = self._backend.team_for(len(raw))
+        self._backend.kernels.sample_rows(team, adjusted.ctypes.data, raw.ctypes.data, *raw.shape,
                                           draws.ctypes.data, drawn.ctypes.data)
         columns = zip(*(drawn[name].tolist() for name in ("token_id", "finite", "num_top")))
         return [Sampled(token, *self._listed(drawn[row], count), bool(finite))
@@ -3852,6 +3868,36 @@ def describe_fields(fields: dict[str, Field]) -> dict[str, dict]:
         known = {"type": field.kind, "supported": True, **ranged}
         described[name] = {"supported": False} if field.kind == "unsupported" else known
     return described
+
+
+def field_schema(field: Field) -> dict:
+    """A field as JSON schema; null means that it was left out, where it may be."""
+    if field.kind == "any":
+        return {}
+    limits = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
+    ranged = {} if field.low is None else dict(zip(limits, (field.low, field.high)))
+    return {"type": [field.kind, "null"] if None in field.neutral else field.kind, **ranged}
+
+
+ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
+    "type": "object", "required": ["message", "type", "param", "code"], "properties": {
+        "message": {"type": "string"}, "type": {"type": "string"}, "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]}}}}}
+JSON_BODY = lambda schema: {"content": {"application/json": {"schema": schema}}}
+
+
+def openapi_document(posts: dict[str, dict[str, Field]], gets: Iterable[str]) -> dict:
+    """An OpenAPI 3.1 document of routes that take JSON (their fields by path) and of plain ones."""
+    responses = {"200": {"description": "the answer"},
+                 "default": {"description": "an error", **JSON_BODY(ERROR_SCHEMA)}}
+    paths = {path: {"get": {"responses": responses}} for path in gets}
+    for path, fields in posts.items():
+        known = {name: field_schema(field) for name, field in fields.items() if field.kind != "unsupported"}
+        needed = [name for name in ("messages", "prompt", "tokens") if name in fields and path != "/tokenize"]
+        body = {"type": "object", "properties": known, "required": needed, "additionalProperties": False}
+        paths.setdefault(path, {})["post"] = {"requestBody": {"required": True, **JSON_BODY(body)},
+                                              "responses": responses}
+    return {"openapi": "3.1.0", "info": {"title": "rustinfer", "version": __version__}, "paths": paths}
 
 
 def check_json(value: Any, depth: int = 1) -> None:
@@ -5522,6 +5568,7 @@ class Server:
             "/v1/completions": {"POST": self._completions}, "/version": {"GET": self._version},
             "/tokenize": {"POST": self._tokenize}, "/detokenize": {"POST": self._detokenize},
             "/apply-template": {"POST": self._apply_template}, "/v1/capabilities": {"GET": self._capabilities},
+            "/openapi.json": {"GET": self._openapi},
         }
         routes = {"GET": self._model} if path.startswith("/v1/models/") else table.get(path)
         if method == "OPTIONS" and (routes or path == "*"):
@@ -5699,13 +5746,19 @@ class Server:
 
     # -- utilities
 
+    FIELDS = {"/v1/chat/completions": CHAT_FIELDS, "/v1/completions": COMPLETION_FIELDS,
+              "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS, "/apply-template": TEMPLATE_FIELDS}
+
     def _capabilities(self, handler: RequestHandler) -> None:
         """The model and its limits, and the fields of each route as they are checked."""
         llm = self._ready_llm()
-        tables = {"/v1/chat/completions": CHAT_FIELDS, "/v1/completions": COMPLETION_FIELDS,
-                  "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS, "/apply-template": TEMPLATE_FIELDS}
+        routes = {path: describe_fields(fields) for path, fields in self.FIELDS.items()}
         handler.respond_json({"model": llm.name, "max_model_len": llm.max_model_len, "version": __version__,
-                              "routes": {path: describe_fields(fields) for path, fields in tables.items()}})
+                              "routes": routes})
+
+    def _openapi(self, handler: RequestHandler) -> None:
+        plain = ("/health", "/ready", "/version", "/v1/models", "/v1/metrics", "/v1/capabilities")
+        handler.respond_json(openapi_document(self.FIELDS, plain))
 
     def _version(self, handler: RequestHandler) -> None:
         handler.respond_json({"version": __version__})

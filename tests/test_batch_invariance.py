@@ -21,6 +21,14 @@ SHAPES = {
 LENGTHS = [1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 33, 63, 64, 65, 100, 127, 128, 129, 130, 200, 255, 257, 300, 511, 600]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def all_threads():
+    """However small the model, all threads of the C kernels take part."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rustinfer.CpuBackend, "SMALL_MODEL", 0)
+        yield
+
+
 @pytest.fixture(scope="module", params=SHAPES)
 def folder(request, tmp_path_factory):
     return random_checkpoint(tmp_path_factory.mktemp(request.param) / "model", **SHAPES[request.param])
@@ -125,6 +133,14 @@ def test_products_split_over_threads_keep_the_promise_too(folder, monkeypatch):
         assert llm.engine.model.backend.threads == 3
         alone = [answer_of(llm.engine.submit(*request)) for request in requests(folder)[::4]]
         check_equal(answers_together(llm)[::4], alone)
+
+
+def test_small_models_have_the_same_bits_on_one_thread(folder, alone, monkeypatch):
+    monkeypatch.setattr(rustinfer.CpuBackend, "SMALL_MODEL", 1 << 40)
+    with rustinfer.LLM(folder, device="cpu") as llm:
+        if llm.backend_name.startswith("C kernels"):
+            assert llm.engine.model.backend.team_for(1) != llm.engine.model.backend.team_for(1 << 40)
+            check_equal(answers_together(llm), alone)
 
 
 def test_shapes_that_the_c_kernels_take_ran_on_them(folder):

@@ -115,6 +115,7 @@ def test_engine_keeps_its_promise_in_every_arithmetic(monkeypatch, kernels, arit
     """Requests together, in small steps, have the tokens and logprob bits that each has alone."""
     monkeypatch.setattr(kernels, "fastest_arithmetic", lambda: arithmetic)
     monkeypatch.setattr(rustinfer, "open_kernels", lambda path: kernels)
+    monkeypatch.setattr(CpuBackend, "SMALL_MODEL", 0)
     options = dict(temperature=0.8, seed=3, max_tokens=9, ignore_eos=True, logprobs=2)
     prompts = [list(range(5, 5 + length)) for length in (1, 2, 15, 16, 17, 40, 70)]
 
