@@ -2710,26 +2710,30 @@ class Constraint:
     """The state of one answer in its grammar. One thread at a time uses it."""
 
     def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher, self._vocab_size = matcher, vocab_size
+        self._matcher, self._vocab_size, self._failed = matcher, vocab_size, False
 
     def copy(self) -> Constraint:
         return Constraint(self._matcher.deep_copy(), self._vocab_size)
 
     def mask(self) -> np.ndarray:
-        """(V,) bool, True for the tokens that may come next."""
-        bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        """(V,) bool, True for the tokens that may come next; all where the matcher fails: `accept` refuses any then."""
+        try:
+            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+        except Exception as error:  # of one request: the others in this step go on
+            log.error("a grammar failed: %s", shorten(error))
+            self._failed, bits = True, np.ones(self._vocab_size, np.uint8)
         mask = np.zeros(self._vocab_size, bool)
         mask[: len(bits)] = bits[: self._vocab_size]
         return mask
 
     def accept(self, token_id: int) -> bool:
         """Goes on behind a token; False when the grammar cannot."""
-        return self._matcher.consume_token(token_id)
+        return not self._failed and self._matcher.consume_token(token_id)
 
     @property
     def is_complete(self) -> bool:
         """True when nothing more may come."""
-        return self._matcher.is_stopped()
+        return self._matcher.is_stopped() and not self._matcher.is_error()
 
 
 class GrammarCompiler:
@@ -2752,7 +2756,7 @@ class GrammarCompiler:
         with self._lock:
             if self._inner is None:
                 self._inner = llguidance.LLTokenizer(self._tokenizer.inner.to_str(), n_vocab=self._vocab_size,
-                                                     eos_token=self._eos)
+                                                     eos_token=self._eos or None)
         return llguidance, self._inner
 
     def compile(self, structure: Structure) -> Constraint:
@@ -2761,9 +2765,9 @@ class GrammarCompiler:
         if len(text) > self.MAX_SOURCE:
             raise APIError(f"{structure.param} has {len(text)} characters; {self.MAX_SOURCE} are allowed",
                            structure.param)
-        llguidance, tokenizer = self._load(structure.param)
-        matcher = llguidance.LLMatcher
         try:
+            llguidance, tokenizer = self._load(structure.param)
+            matcher = llguidance.LLMatcher
             if structure.kind == "json":
                 grammar = matcher.grammar_from_json_schema(text, defaults=self.SPACING)
             else:

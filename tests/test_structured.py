@@ -179,6 +179,24 @@ def test_a_mask_leaves_broken_logits_broken(llm):
         assert drawn.finite == finite and (token is None or drawn.token_id == token)
 
 
+def test_a_grammar_that_fails_takes_nobody_along(llm):
+    class Broken:
+        def copy(self):
+            return self
+
+        def compute_bitmask(self):
+            raise ValueError("too complex")
+
+    params = rustinfer.SamplingParams(temperature=0, max_tokens=30, ignore_eos=True)
+    expected = [token.token_id for token in llm.engine.submit([5, 6], params)]
+    other = llm.engine.submit([5, 6], params)
+    constraint = rustinfer.Constraint(Broken(), llm.model_config.vocab_size)
+    broken = llm.engine.submit([5, 6, 7], params, constraint=constraint)
+    with pytest.raises(rustinfer.EngineError, match="grammar"):
+        list(broken)
+    assert [token.token_id for token in other] == expected
+
+
 def test_the_demo_model_fills_a_schema():
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"],
               "additionalProperties": False}
