@@ -3863,24 +3863,23 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", l
               type(None): "null"}
 
 
+def limits_of(field: Field) -> dict[str, float]:
+    """A field's range in JSON schema's words."""
+    names = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
+    return {} if field.low is None else dict(zip(names, (field.low, field.high)))
+
+
 def describe_fields(fields: dict[str, Field]) -> dict[str, dict]:
     """What a route takes, for clients that ask."""
-    described = {}
-    for name, field in fields.items():
-        limits = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
-        ranged = {} if field.low is None else dict(zip(limits, (field.low, field.high)))
-        known = {"type": field.kind, "supported": True, **ranged}
-        described[name] = {"supported": False} if field.kind == "unsupported" else known
-    return described
+    return {name: {"supported": False} if field.kind == "unsupported" else
+            {"type": field.kind, "supported": True, **limits_of(field)} for name, field in fields.items()}
 
 
 def field_schema(field: Field) -> dict:
     """A field as JSON schema; null means that it was left out, where it may be."""
     if field.kind == "any":
         return {}
-    limits = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
-    ranged = {} if field.low is None else dict(zip(limits, (field.low, field.high)))
-    return {"type": [field.kind, "null"] if None in field.neutral else field.kind, **ranged}
+    return {"type": [field.kind, "null"] if None in field.neutral else field.kind, **limits_of(field)}
 
 
 ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error": {
