@@ -4038,7 +4038,7 @@ MESSAGE_FIELDS = {f.name: f for f in (
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 FUNCTION_FIELDS = {f.name: f for f in (
     Field("name", "string"), Field("description", "string"), Field("parameters", "object"),
-    Field("strict", "unsupported", neutral=(None, False)))}
+    Field("strict", "boolean"))}
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
@@ -4113,6 +4113,10 @@ def offered_tools(given: dict) -> tuple[list[dict], list[dict]]:
     if "tool_choice" in given and not tools and choice != "none":
         raise APIError("tool_choice is allowed only with tools", "tool_choice")
     if choice in ("auto", "none"):
+        strict = [index for index, tool in enumerate(tools) if tool["function"].get("strict")]
+        if strict and choice == "auto":
+            raise UnsupportedError("strict is kept only with tool_choice required or named",
+                                   f"tools[{strict[0]}].function.strict")
         return (tools if choice == "auto" else []), []
     if choice == "required":
         return tools, tools

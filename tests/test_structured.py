@@ -3,10 +3,12 @@ import json
 import random
 import re
 import string
+from typing import Literal
 
 import jsonschema
 import numpy as np
 import openai
+import pydantic
 import pytest
 from harness import REFERENCES, local_server
 
@@ -206,3 +208,34 @@ def test_the_demo_model_fills_a_schema():
             model="demo", temperature=0, max_tokens=60, response_format=schema_format(schema),
             messages=[{"role": "user", "content": "What is the capital of France?"}]).choices[0]
     jsonschema.validate(json.loads(answer.message.content), schema)
+
+
+class Point(pydantic.BaseModel):
+    """What openai-python's helpers make a strict schema of."""
+    x: int = pydantic.Field(ge=0, le=99)
+    label: Literal["north", "south"]
+
+
+def test_the_sdks_parse_returns_objects(client, llm):
+    answer = client.chat.completions.parse(model=llm.name, response_format=Point, seed=2, **HOT).choices[0]
+    assert isinstance(answer.message.parsed, Point) and answer.finish_reason == "stop"
+
+
+def test_the_sdks_stream_accumulates_what_create_returns(client, llm):
+    options = dict(model=llm.name, response_format=Point, seed=3, **HOT)
+    with client.chat.completions.stream(**options) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"chunk", "content.delta", "content.done"} <= kinds
+    assert final.choices[0].message.content == client.chat.completions.parse(**options).choices[0].message.content
+    assert isinstance(final.choices[0].message.parsed, Point)
+
+
+def test_the_sdks_tool_helpers_read_our_calls(client, llm):
+    tool = openai.pydantic_function_tool(Point, name="mark")
+    assert tool["function"]["strict"]
+    options = dict(model=llm.name, tools=[tool], tool_choice="required", seed=5, **HOT)
+    with client.chat.completions.stream(**options) as stream:
+        names = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
+        call, = stream.get_final_completion().choices[0].message.tool_calls
+    assert names == ["mark"] and Point.model_validate_json(call.function.arguments)
