@@ -3538,6 +3538,7 @@ class Engine:
         self.on_death: Callable[[], None] = lambda: None
         self._runner = make_runner(model, config)
         self._looks_ahead = self._runner.looks_ahead
+        self._eos_in_vocabulary = [token for token in self.eos_token_ids if token < model.config.vocab_size]
         self._in_flight: InFlight | None = None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -3572,7 +3573,7 @@ class Engine:
                                      f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt, choice)
             seq.constraint = constraint
-            seq.end_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids)]
+            seq.end_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos_in_vocabulary)]
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)
