@@ -2800,7 +2800,7 @@ class Sequence:
         self.seq_id, self.params, self.seed, self.salt = seq_id, params, seed, salt
         self.choice = choice  # which of a request's n answers
         self.constraint: Constraint | None = None  # Engine.submit sets these two
-        self.end_token_ids: list[int] = []  # tokens that end the answer
+        self.end_token_ids: frozenset[int] = frozenset()  # tokens that end the answer
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = math.inf if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
@@ -3237,7 +3237,7 @@ class ArrayRunner:
         mask = seq.constraint.mask() if seq.constraint else np.ones(self._model.config.vocab_size, bool)
         if seq.num_output_tokens < seq.params.min_tokens:
             later = mask.copy()
-            later[seq.end_token_ids] = False
+            later[list(seq.end_token_ids)] = False
             mask = later if later.any() else mask
         return mask
 
@@ -3538,7 +3538,6 @@ class Engine:
         self.on_death: Callable[[], None] = lambda: None
         self._runner = make_runner(model, config)
         self._looks_ahead = self._runner.looks_ahead
-        self._eos_in_vocabulary = [token for token in self.eos_token_ids if token < model.config.vocab_size]
         self._in_flight: InFlight | None = None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -3573,7 +3572,8 @@ class Engine:
                                      f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt, choice)
             seq.constraint = constraint
-            seq.end_token_ids = [*params.stop_token_ids, *(() if params.ignore_eos else self._eos_in_vocabulary)]
+            ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids))
+            seq.end_token_ids = frozenset(end for end in ends if end < self.model.config.vocab_size)
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)
@@ -3739,9 +3739,7 @@ class Engine:
             self._end(seq, reason)
 
     def _stop_reason(self, seq: Sequence, token_id: int, num_output_tokens: int) -> str | None:
-        if token_id in seq.params.stop_token_ids or (token_id in self.eos_token_ids and not seq.params.ignore_eos):
-            return "stop"
-        if seq.constraint and seq.constraint.is_complete:
+        if token_id in seq.end_token_ids or (seq.constraint and seq.constraint.is_complete):
             return "stop"
         return "length" if num_output_tokens >= seq.params.max_tokens else None
 
@@ -4485,8 +4483,8 @@ class Reply:
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
         """Text of a choice, with its tokens' log-probabilities where those are wanted."""
         answer = self.group.places[index]
-        if answer.wants_logprobs and tokens:
-            return self._event(self._chunk(index, text, self._logprobs(index, tokens), None))
+        if answer.wants_logprobs and (shown := answer.shown(tokens)):
+            return self._event(self._chunk(index, text, self._logprobs(index, shown), None))
         if not text:
             return b""
         before, after = self._frames[index]
@@ -4521,7 +4519,7 @@ class ChatReply(Reply):
             if calls:
                 message |= {"content": text + rest or None, "tool_calls": [self._call(call) for call in calls]}
                 reason = "tool_calls"
-        return {"index": index, "message": message, "logprobs": self._logprobs(index, answer.shown_tokens),
+        return {"index": index, "message": message, "logprobs": self._logprobs(index, answer.shown(answer.tokens)),
                 "finish_reason": reason}
 
     @staticmethod
@@ -4537,24 +4535,23 @@ class ChatReply(Reply):
             return super().end_events(index)
         rest, calls = self._streams[index].finish()
         events = super().text_event(index, rest)
-        choice = lambda delta, reason: {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         for number, call in enumerate(calls):
-            whole = self._call(call)
-            empty = {**whole, "function": {"name": call.name, "arguments": ""}}
-            events += self._event(choice({"tool_calls": [{"index": number, **empty}]}, None))
+            named = {"index": number, **self._call(call), "function": {"name": call.name, "arguments": ""}}
             arguments = {"index": number, "function": {"arguments": call.arguments}}
-            events += self._event(choice({"tool_calls": [arguments]}, None))
-        return events + (self._event(choice({}, "tool_calls")) if calls else super().end_events(index))
+            events += b"".join(self._event(self._delta(index, {"tool_calls": [part]})) for part in (named, arguments))
+        return events + (self._event(self._delta(index, {}, None, "tool_calls")) if calls
+                         else super().end_events(index))
 
-    def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
-        delta = {} if finish_reason else {"content": text}
+    @staticmethod
+    def _delta(index: int, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
+    def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
+        return self._delta(index, {} if finish_reason else {"content": text}, logprobs, finish_reason)
+
     def first_events(self) -> bytes:
-        delta = {"role": "assistant", "content": ""}
-        roles = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-                 for index in range(len(self.group.places))]
-        return b"".join(map(self._event, roles))
+        begin = {"role": "assistant", "content": ""}
+        return b"".join(self._event(self._delta(index, begin)) for index in range(len(self.group.places)))
 
     def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
         answer = self.group.places[index]
@@ -4579,7 +4576,7 @@ class CompletionReply(Reply):
         return self._echoed[index // self.group.n] if self._echoed else ""
 
     def _choice(self, index: int, answer: Answer) -> dict:
-        return self._chunk(index, self._echo(index) + answer.text, self._logprobs(index, answer.shown_tokens),
+        return self._chunk(index, self._echo(index) + answer.text, self._logprobs(index, answer.shown(answer.tokens)),
                            answer.finish_reason)
 
     def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
@@ -4662,9 +4659,8 @@ class RequestOutput:
 class Answer:
     """One running request seen as text: turns its tokens into text, finds stop strings, collects the result."""
 
-    def __init__(self, tokenizer: Tokenizer, handle: Handle, eos_token_ids: Iterable[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, handle: Handle):
         self.handle, self._tokenizer, self._params = handle, tokenizer, handle.seq.params
-        self._eos = frozenset(eos_token_ids)
         self._decoder, self._matcher = StreamDecoder(tokenizer), StopMatcher(handle.seq.params.stop)
         self.tokens: list[Sampled] = []
         self.text = ""
@@ -4701,14 +4697,9 @@ class Answer:
     def wants_logprobs(self) -> bool:
         return self._params.logprobs is not None
 
-    @property
-    def shown_tokens(self) -> list[Sampled]:
-        """The tokens that the text is made of: all but one that ended it."""
-        return [token for token in self.tokens if self.is_shown(token)]
-
-    def is_shown(self, token: Sampled) -> bool:
-        ends = self._params.stop_token_ids if self._params.ignore_eos else (*self._params.stop_token_ids, *self._eos)
-        return token.token_id not in ends
+    def shown(self, tokens: Seq[Sampled]) -> list[Sampled]:
+        """Those that the text is made of: all but one that ended it."""
+        return [token for token in tokens if token.token_id not in self.handle.seq.end_token_ids]
 
     def logprob_entry(self, token_id: int, logprob: float) -> dict:
         """A token as OpenAI's objects show it; -9999 stands for minus infinity, which JSON has not."""
@@ -4934,7 +4925,7 @@ class LLM:
         token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
         handle = self.engine.submit(token_ids, params, param=param, changed=changed, choice=choice,
                                     constraint=constraint)
-        return Answer(self.tokenizer, handle, self.engine.eos_token_ids)
+        return Answer(self.tokenizer, handle)
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
                  **options: Any) -> list[RequestOutput] | Iterator[Piece]:

@@ -2,7 +2,8 @@
 //
 // shapes    q, out (T, H, D); keys (N, K, D, S), values (N, K, S, D) float32; a token at position p sees keys 0..p
 // work      a chunk has up to ROWS rows (token, head): a few tokens of a prompt with the query heads of one KV head, or one
-//           token with those of several, which lie side by side in a block. Where chunks would be few and uneven, each head is one
+//           token with those of several, which lie side by side in a block. Where chunks would be few and uneven, each
+//           head is one
 // order     online softmax over units of UNIT keys, in order, whatever the block size: a score is CHAINS chains over D; the
 //           sum of a unit's weights one vector chain, its lanes added pairwise; a value's sum one chain over keys,
 //           rescaled a unit. None of it depends on the rows beside a row. A masked key weighs exactly 0

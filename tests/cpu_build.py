@@ -3,22 +3,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 
-import pytest
 from harness import ROOT, need_tool
 
 FOLDER = tempfile.TemporaryDirectory(prefix="rustinfer-cpu-")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden",
          "-pthread", "-Wall", "-Wextra", "-Werror", "-Wno-psabi")
-
-
-def give_up(message: str) -> None:
-    """Skips the test, or fails it where all tools are promised."""
-    pytest.fail(message) if os.environ.get("RUSTINFER_TEST_ALL") == "1" else pytest.skip(message)
 
 
 def new_folder() -> Path:

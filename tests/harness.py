@@ -28,14 +28,18 @@ def reference_answers(name: str) -> tuple[dict, dict]:
         return json.loads((folder / "reference.json").read_text(encoding="utf-8")), dict(arrays)
 
 
-def need_tool(*names: str) -> str:
-    """The path of a system tool; without it the test is skipped, or fails where all tools are promised."""
+def give_up(message: str) -> None:
+    """Skips the test, or fails it where all tools are promised."""
     import pytest
 
+    pytest.fail(message) if os.environ.get("RUSTINFER_TEST_ALL") == "1" else pytest.skip(message)
+
+
+def need_tool(*names: str) -> str:
+    """The path of a system tool; without it the test is skipped, or fails where all tools are promised."""
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        message = f"needs {' or '.join(names)}"
-        pytest.fail(message) if os.environ.get("RUSTINFER_TEST_ALL") == "1" else pytest.skip(message)
+        give_up(f"needs {' or '.join(names)}")
     return path
 
 

@@ -54,6 +54,16 @@ def test_streamed_and_whole_answers_are_equal(client, name, options):
     assert len(parts) == options.get("n", 1)
 
 
+def test_the_token_that_ends_an_answer_has_no_logprobs_streamed_or_not(client, name, tiny_llm):
+    end = min(tiny_llm.engine.eos_token_ids)
+    options = dict(model=name, messages=MESSAGES, logit_bias={str(end): 100}, logprobs=True, max_tokens=9,
+                   temperature=0, extra_body={"min_tokens": 3})
+    whole = client.chat.completions.create(**options).choices[0]
+    (_, text, entries, reason), = streamed(client.chat.completions.create(stream=True, **options))
+    assert len(whole.logprobs.content) == 3 and whole.finish_reason == reason == "stop"
+    assert (text, entries) == (whole.message.content, whole.logprobs.content)
+
+
 def test_choices_differ_by_their_number_alone(client, name):
     options = dict(model=name, messages=MESSAGES, temperature=1.0, max_tokens=10, seed=3,
                    extra_body={"ignore_eos": True})

@@ -1,10 +1,9 @@
 """sample.c draws the tokens of `Sampler`, with its log-probabilities, whatever the lanes, the threads and the batch."""
-import ctypes
 import functools
 
 import numpy as np
 import pytest
-from cpu_build import library
+from cpu_build import Team
 
 from rustinfer import ArrayBackend, Sampled, Sampler, SamplingParams, philox_uniform
 
@@ -17,25 +16,15 @@ DRAWN = np.dtype([("token_id", "i8"), ("finite", "i8"), ("num_top", "i8"), ("log
 F32 = np.float32
 
 
-class Kernel:
+class Kernel(Team):
     """sample_rows on a team of its own."""
-
-    def __init__(self, lanes, threads=2):
-        self.lanes, self.library = lanes, library(lanes)
-        self.library.team_create.restype = ctypes.c_void_p
-        self.team = ctypes.c_void_p(self.library.team_create(threads))
-
-    def close(self):
-        self.library.team_free(self.team)
 
     def draw(self, logits, draws, raw=None):
         """The records of all rows. A stray write is told by what lies around them, a stray read by the NaN after."""
         logits = with_nan_after(logits)
         raw = logits if raw is None else with_nan_after(raw)
         records = np.full((len(draws) + 2) * DRAWN.itemsize, 0xA5, np.uint8).view(DRAWN)
-        address = lambda array: ctypes.c_void_p(array.ctypes.data)
-        self.library.sample_rows(self.team, address(logits), address(raw), ctypes.c_int64(len(logits)),
-                                 ctypes.c_int64(logits.shape[1]), address(draws), address(records[1:]))
+        self.call("sample_rows", logits, raw, *logits.shape, draws, records[1:])
         assert {*records[[0, -1]].tobytes()} == {0xA5}
         return records[1:-1]
 
@@ -63,9 +52,8 @@ def sampled(record):
 
 @pytest.fixture(scope="module", params=[4, 8, 16], ids="lanes={}".format)
 def kernel(request):
-    kernel = Kernel(request.param)
-    yield kernel
-    kernel.close()
+    with Kernel(request.param) as kernel:
+        yield kernel
 
 
 @functools.cache
@@ -361,9 +349,8 @@ def test_rows_depend_on_no_other_row_and_not_on_threads(kernel, vocab, rows):
     assert bits(kernel.draw(logits[order], draws[order])) == [together[row] for row in order]
     assert [bits(kernel.draw(logits[row : row + 1], draws[row : row + 1]))[0] for row in range(rows)] == together
     for threads in (1, 3):
-        other = Kernel(kernel.lanes, threads)
-        assert bits(other.draw(logits, draws)) == together
-        other.close()
+        with Kernel(kernel.lanes, threads) as other:
+            assert bits(other.draw(logits, draws)) == together
 
 
 def test_no_rows_are_nothing(kernel):

@@ -7,8 +7,8 @@ import subprocess
 from typing import NamedTuple
 
 import pytest
-from cpu_build import compile_c, give_up, new_folder
-from harness import ROOT
+from cpu_build import compile_c, new_folder
+from harness import ROOT, give_up
 
 OPS = ["attention", "linear", "layers", "embedding", "lm_head", "sample", "team"]
 FLAGS = ("-std=gnu11", "-g", "-ffp-contract=off", "-march=native", "-pthread", "-Wall", "-Wextra", "-Werror",
