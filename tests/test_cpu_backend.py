@@ -88,9 +88,9 @@ def names_in(folder):
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
-def num_threads():
-    """Of this process, those of the kernels included; one that was joined may still be counted for a moment."""
-    return psutil.Process().num_threads()
+def thread_ids():
+    """Of this process, those of the kernels included; one that was joined may still be there for a moment."""
+    return {thread.id for thread in psutil.Process().threads()}
 
 
 def answers_of(llm, prompts=(TEXT, [40, 41, 42]), max_tokens=8):
@@ -522,12 +522,12 @@ def test_check_refuses_kernels_whose_bits_depend_on_the_batch(leaning_folder, qu
 
 def test_refused_kernels_leave_numpy_the_reason_and_no_thread(leaning_folder, quick_compiler, monkeypatch):
     here(monkeypatch, leaning_folder.parent)
-    before = num_threads()
+    before = thread_ids()
     with LLM(TINY, device="cpu", threads=1) as llm:
         assert llm.backend_name == "NumPy"
         assert llm.backend_reason == "--device cpu; no C kernels: a token's bits depend on the tokens beside it"
         assert_answers_as_the_reference(llm)
-    wait_for(lambda: num_threads() <= before)
+    wait_for(lambda: not thread_ids() - before)
 
 
 # -- weights
@@ -641,14 +641,14 @@ def test_copies_are_whole_aligned_and_apart(monkeypatch):
 
 
 def test_as_many_threads_compute_as_were_asked_for(kernels):
-    before = num_threads()
+    before = thread_ids()  # some of them may end during the test
     for wanted in (1, 2, 5, None):
         backend, _ = pick_backend(EngineConfig(device="cpu", threads=wanted), MODEL)
         assert backend.threads == (wanted or usable_cores())
-        wait_for(lambda: num_threads() == before + backend.threads - 1)  # the caller computes too
+        wait_for(lambda: len(thread_ids() - before) == backend.threads - 1)  # the caller computes too
         assert f", {backend.threads} thread" in backend.name
         backend.close()
-        wait_for(lambda: num_threads() == before)
+        wait_for(lambda: not thread_ids() - before)
 
 
 def test_closed_twice_is_closed_once(kernels):
@@ -688,10 +688,10 @@ def test_opening_and_closing_leaves_no_thread_no_file_and_no_memory():
     for number in range(4):
         use(number)
     process = psutil.Process()
-    threads, files, memory = num_threads(), process.num_fds(), process.memory_info().rss
+    threads, files, memory = thread_ids(), process.num_fds(), process.memory_info().rss
     for number in range(10):
         use(number)
-    wait_for(lambda: num_threads() <= threads)
+    wait_for(lambda: not thread_ids() - threads)
     assert process.num_fds() <= files and process.memory_info().rss - memory < 4 << 20
 
 
