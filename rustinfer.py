@@ -77,6 +77,7 @@ from typing import Any, Callable, Iterable, Iterator, NamedTuple, Sequence as Se
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.sandbox
 import numpy as np
 import psutil
@@ -352,8 +353,8 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0 or -1 and top_p 1 switch the filters off; seed None draws a random one;
     max_tokens None takes the server's default; logprobs k returns the chosen token's and the k likeliest
-    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1); before min_tokens no token
-    comes that would end the answer.
+    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1), prompt_logprobs k the same
+    of the prompt's tokens; before min_tokens no token comes that would end the answer.
 
     These change the logits, in this order, before anything is chosen: repetition_penalty divides the positive and
     multiplies the negative ones of tokens in the prompt or the output; frequency_penalty times a token's count in the
@@ -376,6 +377,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     MAX_LOGIT_BIAS = 300  # entries, as in kernels/sample.cu
 
@@ -387,11 +389,12 @@ class SamplingParams:
         for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
                                 ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
                                 ("repetition_penalty", 0, 10), ("seed", -(1 << 63), (1 << 64) - 1),
-                                ("max_tokens", 1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20)):
-            value = getattr(self, name)
-            if value is None and name in ("seed", "max_tokens", "logprobs"):
+                                ("max_tokens", 1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20),
+                                ("prompt_logprobs", 0, 20)):
+            value, optional = getattr(self, name), ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+            if value is None and name in optional:
                 continue
-            kind = (int,) if name in ("top_k", "seed", "max_tokens", "min_tokens", "logprobs") else (int, float)
+            kind = (int,) if name in (*optional, "top_k", "min_tokens") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
             if not low <= value <= high:  # also refuses NaN
@@ -749,10 +752,12 @@ class ChatTemplate:
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         source, self.origin = self._find(folder, tokenizer)
-        self._template = None
+        self._template, self._asked_for = None, frozenset()
         if source is not None:
             try:
-                self._template = self._environment().from_string(source)
+                environment = self._environment()
+                self._template = environment.from_string(source)
+                self._asked_for = jinja2.meta.find_undeclared_variables(environment.parse(source))
             except jinja2.TemplateError as error:
                 raise CheckpointError(f"{self.origin}: the chat template does not compile: {shorten(error)}") from None
 
@@ -792,28 +797,73 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         return environment
 
-    def encode(self, messages: list[dict], add_generation_prompt: bool = True,
-               tools: Seq[dict] = ()) -> list[int]:
-        """Prompt ids of a conversation, and of the tools that it offers.
+    def encode(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = (),
+               continue_final_message: bool = False, variables: dict[str, Any] | None = None) -> list[int]:
+        """Prompt ids of a conversation, and of the tools that it offers; the rest as in `render`.
 
         Spellings of special tokens inside the messages are broken with a noncharacter that none of them contains
         before rendering, and mended after the rendered text is split at the real ones.
         """
-        strings = json.dumps([messages, tools], ensure_ascii=False)
+        given = [messages, list(tools), variables or {}]
+        mark = self._unused_mark(given)
+        messages, tools, variables = self._map_strings(given, lambda text: self._tokenizer.break_specials(text, mark))
+        rendered = self.render(messages, add_generation_prompt, tools, continue_final_message, variables)
+        return self._tokenizer.encode_rendered(rendered, mark)
+
+    @staticmethod
+    def _unused_mark(given: list) -> str:
+        """A noncharacter that no string of a request contains."""
+        strings = json.dumps(given, ensure_ascii=False)
         mark = next((char for char in NONCHARACTERS if char not in strings), None)
         if mark is None:
             raise APIError("the messages use every Unicode noncharacter from U+FDD0 to U+FDEF", "messages")
-        safe = self._map_strings([messages, list(tools)], lambda text: self._tokenizer.break_specials(text, mark))
-        rendered = self.render(safe[0], add_generation_prompt, safe[1])
-        return self._tokenizer.encode_rendered(rendered, mark)
+        return mark
 
-    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = ()) -> str:
-        """The prompt as text."""
+    def render(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = (),
+               continue_final_message: bool = False, variables: dict[str, Any] | None = None) -> str:
+        """The prompt as text.
+
+        continue_final_message leaves the last message open, for the model to go on with its text; variables are further
+        names that the template may ask for. A message's `name` stands before its text where the template shows none.
+        """
+        for name in variables or ():
+            if name not in self._asked_for:
+                raise UnsupportedError(f"chat_template_kwargs.{name} is nothing that this model's chat template asks "
+                                       "for", f"chat_template_kwargs.{name}")
+        messages = [self._with_name(message) for message in messages]
+        if not continue_final_message:
+            return self._render(messages, add_generation_prompt, tools, variables)
+        *before, last = messages
+        end = self._unused_mark([messages, tools, variables]) + " "
+        rendered = self._render([*before, {**last, "content": last["content"] + end}], False, tools, variables)
+        text, found, _ = rendered.rpartition(end)
+        if found:  # the template keeps white space at a message's end
+            return text
+        text, found, _ = rendered.rpartition(end.rstrip())
+        if not found:
+            raise APIError("the chat template does not show the final message as it is", "continue_final_message")
+        return text.rstrip()
+
+    def _with_name(self, message: dict) -> dict:
+        if "name" not in message or message["role"] == "tool" or self._shows_names(message["role"]):
+            return message
+        return {**message, "content": f"{message['name']}: {message['content']}"}
+
+    @functools.cache
+    def _shows_names(self, role: str) -> bool:
+        """True when the template makes something of a message's name."""
+        named = {"role": role, "content": "text", "name": NONCHARACTERS[0]}
+        first = [] if role in ("system", "user") else [{"role": "user", "content": "text"}]
+        return NONCHARACTERS[0] in self._render([*first, named])
+
+    def _render(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = (),
+                variables: dict[str, Any] | None = None) -> str:
         if self._template is None:
             raise APIError("this model has no chat template, and no built-in one fits its vocabulary", "messages")
         names = {name: self._tokenizer.special_text(name)
                  for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
         names |= {"tools": tools or None, "documents": None}  # as transformers: templates ask `is not none`
+        names |= variables or {}
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         names["check_time"] = lambda: self._check_time(deadline)
         parts, size = [], 0
@@ -2564,7 +2614,7 @@ class Sampler:
             uniform = philox_uniform(xp, array(seeds, np.uint64), array(choices, np.int64), array(positions, np.int64))
             draw = self._draw_filtered if wanted else self._draw
             token_ids[rows] = draw(logits[rows], [params[row] for row in drawn], uniform)
-        logprobs = self._logprobs(raw, token_ids, params)
+        logprobs = self._logprobs(raw, token_ids, [p.logprobs for p in params])
         return [Sampled(token, *logprobs.get(row, (None, None)), ok)
                 for row, (token, ok) in enumerate(zip(to_host(token_ids).tolist(), finite))]
 
@@ -2640,16 +2690,25 @@ class Sampler:
         weights = xp.where(in_top_p, weights, 0.0)
         return xp.take_along_axis(order, self._invert(weights, uniform)[:, None], -1)[:, 0]
 
-    def _logprobs(self, logits: Any, token_ids: Any, params: Seq[SamplingParams]) -> dict[int, tuple[float, tuple]]:
-        """Row -> (the chosen token's logprob, the likeliest tokens) for the rows that ask."""
-        asked = [row for row, p in enumerate(params) if p.logprobs is not None]
+    def score(self, logits: Any, token_ids: Seq[int], num_top: Seq[int]) -> list[Sampled]:
+        """Tokens that were not drawn but given: logits (n, V), of each the token that followed and how many to list."""
+        scores, size = [], 32  # rows at a time: a vocabulary's float64 are large
+        for start in range(0, len(token_ids), size):
+            given, wanted = token_ids[start : start + size], num_top[start : start + size]
+            found = self._logprobs(logits[start : start + size], self._backend.to_device(np.array(given)), wanted)
+            scores += [Sampled(token, *found[row], True) for row, token in enumerate(given)]
+        return scores
+
+    def _logprobs(self, logits: Any, token_ids: Any, num_top: Seq[int | None]) -> dict[int, tuple[float, tuple]]:
+        """Row -> (the token's logprob, the likeliest tokens) for the rows that ask, with how many of these."""
+        asked = [row for row, count in enumerate(num_top) if count is not None]
         if not asked:
             return {}
         xp, rows = self._xp, self._backend.to_device(np.array(asked))
         values = self._backend.log_softmax(logits[rows])
         chosen = self._backend.to_host(xp.take_along_axis(values, token_ids[rows][:, None], -1)[:, 0])
         values = self._backend.to_host(values)
-        return {row: (float(chosen[i]), self._top(values[i], params[row].logprobs)) for i, row in enumerate(asked)}
+        return {row: (float(chosen[i]), self._top(values[i], num_top[row])) for i, row in enumerate(asked)}
 
     @staticmethod
     def _top(values: np.ndarray, k: int) -> tuple[tuple[int, float], ...]:
@@ -2701,7 +2760,7 @@ class CpuSampler(Sampler):
 class Structure(NamedTuple):
     """The shape that an answer must have, and the request field that asked for it."""
 
-    kind: str  # json (a schema), regex or lark
+    kind: str  # json (a schema), regex, lark or calls (text with calls inside: the beginning and schema of each)
     source: Any
     param: str
 
@@ -2770,6 +2829,11 @@ class GrammarCompiler:
             matcher = llguidance.LLMatcher
             if structure.kind == "json":
                 grammar = matcher.grammar_from_json_schema(text, defaults=self.SPACING)
+            elif structure.kind == "calls":
+                tags = [llguidance.StructTag(trigger=begin, begin=begin, end="}",
+                                             grammar={**schema, "x-guidance": self.SPACING})
+                        for begin, schema in structure.source]
+                grammar = llguidance.StructTag.to_grammar(tags, assume_special=False)
             else:
                 grammar = (matcher.grammar_from_regex if structure.kind == "regex" else matcher.grammar_from_lark)(text)
             found = matcher(tokenizer, grammar, log_level=0)
@@ -2785,7 +2849,7 @@ class GrammarCompiler:
 # II. MANY REQUESTS AT ONCE
 # ==============================================================================
 # KV cache -- blocks, reference counts, prefix hashes; no arrays
-# uses: Settings, Grammar
+# uses: Settings, Sampler, Grammar
 # ==============================================================================
 
 
@@ -2810,6 +2874,7 @@ class Sequence:
         self.block_table: list[int] = []  # BlockManager fills it
         self.block_hashes: list[bytes] = []  # of this sequence's full blocks, as far as they were needed
         self.finish_reason: str | None = None
+        self.prompt_scores: list[Sampled] = []  # of the prompt's tokens from the second on, where they are asked for
 
     @property
     def num_tokens(self) -> int:
@@ -2823,6 +2888,17 @@ class Sequence:
     def num_remaining(self) -> int:
         """Tokens still to compute before the next one can be drawn: 1 in decode."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_unscored(self) -> int:
+        """Prompt tokens whose log-probability is still to be found."""
+        asked = self.params.prompt_logprobs is not None
+        return self.num_prompt_tokens - 1 - len(self.prompt_scores) if asked else 0
+
+    def places_to_score(self, count: int) -> range:
+        """Of the next `count` tokens those whose logits score the prompt token behind them."""
+        stop = min(self.num_computed_tokens + count, self.num_prompt_tokens - 1) if self.num_unscored else 0
+        return range(max(self.num_computed_tokens, len(self.prompt_scores)), stop)
 
     @property
     def history(self) -> tuple[list[int], list[int]]:
@@ -2888,9 +2964,12 @@ class BlockManager:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
 
     def find_prefix(self, seq: Sequence) -> list[int]:
-        """Blocks that already hold the sequence's beginning; at least one token is left to compute."""
+        """Blocks that already hold the sequence's beginning; at least one token is left to compute.
+
+        A prompt that is to be scored finds none: no logits are cached.
+        """
         found = []
-        if self.prefix_caching:
+        if self.prefix_caching and not seq.num_unscored:
             for index in range((seq.num_tokens - 1) // self.block_size):
                 block_id = self.named.get(self._hash(seq, index))
                 if block_id is None or self.blocks[block_id].token_ids != self._tokens(seq, index):
@@ -2994,6 +3073,8 @@ class Scheduler:
     neither starves nor holds up a short one.
     """
 
+    MAX_SCORED = 128  # tokens a step of a prompt that is to be scored: each makes a row of logits
+
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
         self.waiting: deque[Sequence] = deque()
@@ -3071,19 +3152,18 @@ class Scheduler:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.running.append(seq)
 
-    @staticmethod
-    def _share(prompts: list[Sequence], budget: int) -> list[int]:
+    def _share(self, prompts: list[Sequence], budget: int) -> list[int]:
         """Tokens for each prompt (oldest first in `prompts`)."""
         shares = [0] * len(prompts)
         if not prompts:
             return shares
-        others = sorted(range(1, len(prompts)), key=lambda i: prompts[i].num_remaining)
-        reserved = min(prompts[0].num_remaining, -(-budget // 2))
+        wanted = [min(seq.num_remaining, self.MAX_SCORED) if seq.num_unscored else seq.num_remaining for seq in prompts]
+        reserved = min(wanted[0], -(-budget // 2))
         left = budget - reserved
-        for i in others:
-            shares[i] = min(prompts[i].num_remaining, left)
+        for i in sorted(range(1, len(prompts)), key=lambda i: prompts[i].num_remaining):
+            shares[i] = min(wanted[i], left)
             left -= shares[i]
-        shares[0] = min(prompts[0].num_remaining, reserved + left)
+        shares[0] = min(wanted[0], reserved + left)
         return shares
 
 
@@ -3194,7 +3274,7 @@ class MachineProbe:
 
 
 def prepare_batch(step: Step, block_size: int) -> Batch:
-    """The arrays of a step."""
+    """The arrays of a step; of the logits, those for the next tokens come first, then those that score prompts."""
     counts = np.array(step.num_scheduled_tokens)
     computed = np.array([seq.num_computed_tokens for seq in step.sequences])
     lengths = np.array([seq.num_tokens for seq in step.sequences])
@@ -3202,14 +3282,17 @@ def prepare_batch(step: Step, block_size: int) -> Batch:
     for row, seq in enumerate(step.sequences):
         tables[row, : len(seq.block_table)] = seq.block_table
     ends = np.cumsum(counts)
-    positions = np.arange(ends[-1]) - np.repeat(ends - counts - computed, counts)
+    starts = ends - counts - computed  # where a sequence's token 0 would stand
+    positions = np.arange(ends[-1]) - np.repeat(starts, counts)
+    scored = [start + place for start, seq, count in zip(starts.tolist(), *step)
+              for place in seq.places_to_score(count)]
     slots = tables[np.repeat(np.arange(len(counts)), counts), positions // block_size] * block_size
     return Batch(
         input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
                             seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
         positions=positions, slot_mapping=slots + positions % block_size, cu_seqlens_q=np.concatenate(([0], ends)),
         context_lens=computed + counts, block_tables=tables,
-        logits_indices=(ends - 1)[computed + counts == lengths])
+        logits_indices=np.concatenate(((ends - 1)[computed + counts == lengths], np.array(scored, np.int64))))
 
 
 class ArrayRunner:
@@ -3225,12 +3308,21 @@ class ArrayRunner:
         """A token for each sequence whose tokens are all computed then, else None."""
         logits = self._model.run(prepare_batch(step, self._model.block_size))
         complete = [seq for seq, count in zip(*step) if count == seq.num_remaining]
+        self._score_prompts(step, logits[len(complete) :])
         tokens = iter(self._sampler.sample(
-            logits, [seq.params for seq in complete], [seq.seed for seq in complete],
+            logits[: len(complete)], [seq.params for seq in complete], [seq.seed for seq in complete],
             [seq.choice for seq in complete], [seq.num_tokens for seq in complete],
             [seq.history if seq.params.has_penalties else None for seq in complete],
             [self._mask(seq) if seq.needs_mask else None for seq in complete]) if complete else ())
         return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+
+    def _score_prompts(self, step: Step, logits: Any) -> None:
+        """Keep the log-probabilities of prompt tokens that the step's sequences ask for."""
+        places = [(seq, place) for seq, count in zip(*step) for place in seq.places_to_score(count)]
+        scores = self._sampler.score(logits, [seq.token_ids[place + 1] for seq, place in places],
+                                     [seq.params.prompt_logprobs for seq, _ in places])
+        for (seq, _), score in zip(places, scores):
+            seq.prompt_scores.append(score)
 
     def _mask(self, seq: Sequence) -> np.ndarray:
         """(V,) bool: what the grammar allows, and no end before its time unless the grammar has come to its own."""
@@ -3561,6 +3653,9 @@ class Engine:
             what = "structured output" if constraint else "min_tokens"
             raise UnsupportedError(f"{what} is not supported with CUDA kernels yet; --device cpu has it",
                                    "response_format" if constraint else "min_tokens")
+        if self._looks_ahead and params.prompt_logprobs is not None:
+            raise UnsupportedError("log-probabilities of the prompt are not supported with CUDA kernels yet; "
+                                   "--device cpu has them", "echo")
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
             if self.dead:
@@ -3830,6 +3925,8 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("top_logprobs", "integer", 0, 20, neutral=(None, 0)),
     Field("metadata", "object"),
     Field("add_generation_prompt", "boolean"),
+    Field("continue_final_message", "boolean"),
+    Field("chat_template_kwargs", "object"),
     Field("response_format", "object", neutral=(None, {"type": "text"})),
     Field("store", "unsupported", neutral=(None, False)),
     Field("tools", "array", 0, MAX_TOOLS),
@@ -3854,7 +3951,8 @@ COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
 TEMPLATE_FIELDS = {f.name: f for f in (
     Field("model", "string"), Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
     Field("tools", "array", 0, MAX_TOOLS),
-    Field("add_generation_prompt", "boolean"))}
+    Field("add_generation_prompt", "boolean"), Field("continue_final_message", "boolean"),
+    Field("chat_template_kwargs", "object"))}
 TOKENIZE_FIELDS = {**TEMPLATE_FIELDS, **{f.name: f for f in (
     Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))}}
 DETOKENIZE_FIELDS = {f.name: f for f in (Field("model", "string"), Field("tokens", "array", 0, 1 << 20))}
@@ -4030,14 +4128,19 @@ MESSAGE_FIELDS = {f.name: f for f in (
     Field("content", "any"),
     Field("refusal", "unsupported"), Field("audio", "unsupported"),
     Field("annotations", "unsupported", neutral=(None, [])),
-    Field("name", "unsupported"), Field("function_call", "unsupported"),
+    Field("name", "string"), Field("function_call", "unsupported"),
     Field("tool_calls", "array", 1, MAX_CALLS, neutral=(None, [])),
     Field("tool_call_id", "string"),
 )}
+VARIABLE_FIELDS = {f.name: f for f in (  # what templates of Llama and of its kin ask for
+    Field("date_string", "string"), Field("tools_in_user_message", "boolean"), Field("enable_thinking", "boolean"),
+    Field("thinking", "boolean"))}
+MESSAGE_NAME = re.compile(r"[^\s<|\\/>]{1,64}")  # as OpenAI allows
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 FUNCTION_FIELDS = {f.name: f for f in (
     Field("name", "string"), Field("description", "string"), Field("parameters", "object"),
     Field("strict", "boolean"))}
+ALLOWED_FIELDS = {f.name: f for f in (Field("mode", "string"), Field("tools", "array", 1, MAX_TOOLS))}
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
@@ -4064,7 +4167,7 @@ def parse_past_calls(calls: list, where: str) -> list[dict]:
 
 def parse_messages(messages: list) -> list[dict]:
     """[{"role", "content"}] with content as one string, and what tools need, by the template's names."""
-    parsed = []
+    parsed, called = [], {}
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
@@ -4082,7 +4185,14 @@ def parse_messages(messages: list) -> list[dict]:
             content = parse_content(given.get("content"), where + ".content")
         else:
             content = ""
-        named = {"tool_call_id": given["tool_call_id"]} if "tool_call_id" in given else {}
+        if not MESSAGE_NAME.fullmatch(given.get("name", "x")):
+            raise APIError(f"{where}.name is {shorten(given['name'])!r}; 1 to 64 characters other than white space and "
+                           "<|\\/> are expected", f"{where}.name")
+        called |= {call["id"]: call["function"]["name"] for call in calls.get("tool_calls", ())}
+        if role == "tool" and "name" in given and given["name"] != called.get(given.get("tool_call_id"), given["name"]):
+            raise APIError(f"{where}.name is {given['name']}; the call it answers is of another function",
+                           f"{where}.name")
+        named = {name: given[name] for name in ("tool_call_id", "name") if name in given}
         parsed.append({"role": ROLES[role], "content": content, **calls, **named})
     return parsed
 
@@ -4106,26 +4216,45 @@ def parse_tools(tools: list) -> list[dict]:
     return tools
 
 
-def offered_tools(given: dict) -> tuple[list[dict], list[dict]]:
-    """The tools that the model may call, and those of which it must call one."""
-    tools, choice = parse_tools(given.get("tools", [])), given.get("tool_choice", "auto")
-    if "tool_choice" in given and not tools and choice != "none":
-        raise APIError("tool_choice is allowed only with tools", "tool_choice")
-    if choice in ("auto", "none"):
-        strict = [index for index, tool in enumerate(tools) if tool["function"].get("strict")]
-        if strict and choice == "auto":
-            raise UnsupportedError("strict is kept only with tool_choice required or named",
-                                   f"tools[{strict[0]}].function.strict")
-        return (tools if choice == "auto" else []), []
-    if choice == "required":
-        return tools, tools
-    function = choice.get("function") if isinstance(choice, dict) and choice.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
+def parse_conversation(given: dict) -> dict[str, Any]:
+    """What the chat template takes: messages, tools, and how to render them, as arguments of `ChatTemplate.encode`."""
+    if "messages" not in given:
+        raise APIError("messages is missing; a list of at least one message is expected", "messages")
+    messages, goes_on = parse_messages(given["messages"]), given.get("continue_final_message", False)
+    if goes_on and given.get("add_generation_prompt"):
+        raise APIError("continue_final_message is not allowed together with add_generation_prompt",
+                       "continue_final_message")
+    if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
+        raise APIError("continue_final_message needs a last message of role assistant, without tool_calls",
+                       "continue_final_message")
+    return {"messages": messages, "tools": parse_tools(given.get("tools", [])), "continue_final_message": goes_on,
+            "add_generation_prompt": given.get("add_generation_prompt", not goes_on),
+            "variables": check_fields(given.get("chat_template_kwargs", {}), VARIABLE_FIELDS, "chat_template_kwargs.")}
+
+
+def named_tool(reference: Any, tools: list[dict]) -> list[dict]:
+    """The tool that {"type": "function", "function": {"name": ...}} means; APIError when it means none."""
+    function = reference.get("function") if isinstance(reference, dict) else None
+    name = function.get("name") if isinstance(function, dict) and reference.get("type") == "function" else None
     named = [tool for tool in tools if tool["function"]["name"] == name]
     if not named:
-        raise APIError(f"tool_choice is {shorten(json.dumps(choice))}; auto, none, required or the name of one of the "
-                       "tools is expected", "tool_choice")
-    return tools, named
+        raise APIError(f"tool_choice has {shorten(json.dumps(reference))}; auto, none, required or the names of some "
+                       "of the tools are expected", "tool_choice")
+    return named
+
+
+def offered_tools(tools: list[dict], given: dict) -> tuple[list[dict], list[dict]]:
+    """Of a request's tools those that the model may call, and those of which it must call one."""
+    choice = given.get("tool_choice", "auto")
+    if "tool_choice" in given and not tools and choice != "none":
+        raise APIError("tool_choice is allowed only with tools", "tool_choice")
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
+        allowed = check_fields(choice.get("allowed_tools") or {}, ALLOWED_FIELDS, "tool_choice.allowed_tools.")
+        tools = [tool for one in allowed.get("tools", ()) for tool in named_tool(one, tools)]
+        choice = allowed.get("mode")
+    if choice in ("auto", "none"):
+        return (tools if choice == "auto" else []), []
+    return tools, tools if choice == "required" and tools else named_tool(choice, tools)
 
 
 class ToolCall(NamedTuple):
@@ -4186,23 +4315,25 @@ class ToolStream:
     """Tells text from tool calls while it comes: whatever the pieces are, the result is the same.
 
     From the first place that begins like a call (and the white space before it) everything is held back until the end,
-    which tells what it was.
+    which tells what it was. A strict stream takes only those for calls whose arguments the grammar watched over.
     """
 
     MAX_CALL_TEXT = 1 << 16  # characters that are read as calls; `ast` and recursion need a bound
     START = re.compile(r"""(\[\s{0,9})? \{\s{0,9} "(name|type|id|parameters|arguments)" \s{0,9}:  # JSON
                            | \[\s{0,9} [A-Za-z_][\w.-]{0,63} \(  # [f(...""", re.VERBOSE)
-    TAIL = 96  # characters in which a call's beginning may still be incomplete: more than START can take
+    STRICT_START = re.compile(r'(\[\s{0,9})?\{"name": "[\w.-]{1,64}", "(parameters|arguments)": ', re.ASCII)
+    TAIL = 128  # characters in which a call's beginning may still be incomplete: more than START can take
 
-    def __init__(self, names: Iterable[str], parallel: bool = True):
+    def __init__(self, names: Iterable[str], parallel: bool = True, strict: bool = False):
         self._names, self._parallel, self._held, self._is_call = frozenset(names), parallel, "", False
+        self._start = self.STRICT_START if strict else self.START
 
     def push(self, text: str) -> str:
         """The text that is surely no call."""
         self._held += text
         if self._is_call:
             return ""
-        match = self.START.search(self._held)
+        match = self._start.search(self._held)
         self._is_call = match is not None
         if self._is_call:
             stop = match.start()
@@ -4215,7 +4346,8 @@ class ToolStream:
 
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls."""
-        calls = read_calls(self._held, self._names) if len(self._held) <= self.MAX_CALL_TEXT else []
+        readable = self._is_call and len(self._held) <= self.MAX_CALL_TEXT
+        calls = read_calls(self._held, self._names) if readable else []
         return ("", calls if self._parallel else calls[:1]) if calls else (self._held, [])
 
 
@@ -4312,33 +4444,50 @@ def move_references(value: Any, place: str) -> Any:
     return [move_references(item, place) for item in value] if isinstance(value, list) else value
 
 
-def call_schema(tools: list[dict]) -> dict:
-    """The JSON schema of a call of one of the tools."""
-    calls = []
-    for index, tool in enumerate(tools):
-        function, place = tool["function"], "#/anyOf/%d/properties/parameters" % index
-        parameters = move_references(function.get("parameters") or {"type": "object"}, place)
-        calls.append({"type": "object", "required": ["name", "parameters"], "additionalProperties": False,
-                      "properties": {"name": {"const": function["name"]}, "parameters": parameters}})
-    return {"anyOf": calls}
+def call_schema(tools: Seq[dict], answers: Seq[dict] = ()) -> dict:
+    """The JSON schema of a call of one of the tools, or of another answer."""
+    schemas = [move_references(schema, f"#/anyOf/{index}") for index, schema in enumerate(answers)]
+    for index, tool in enumerate(tools, len(schemas)):
+        place = f"#/anyOf/{index}/properties/parameters"
+        parameters = move_references(tool["function"].get("parameters") or {"type": "object"}, place)
+        schemas.append({"type": "object", "required": ["name", "parameters"], "additionalProperties": False,
+                        "properties": {"name": {"const": tool["function"]["name"]}, "parameters": parameters}})
+    return {"anyOf": schemas}
 
 
-def parse_structure(given: dict, forced: Seq[dict] = ()) -> Structure | None:
-    """What the answer must look like; `forced` are tools of which one must be called."""
+def call_beginnings(tools: Seq[dict]) -> list[tuple[str, dict]]:
+    """How a strict stream's calls begin, and the schema of what follows: the parameters of strict tools are kept."""
+    schemas = {tool["function"]["name"]: tool["function"].get("strict") and tool["function"].get("parameters")
+               or {"type": "object"} for tool in tools}
+    return [(f'{{"name": "{name}", "{key}": ', schema)
+            for name, schema in schemas.items() for key in ("parameters", "arguments")]
+
+
+def strict_tool(tools: Seq[dict]) -> str | None:
+    """The field that asks for strict arguments."""
+    asking = [index for index, tool in enumerate(tools) if tool["function"].get("strict")]
+    return f"tools[{asking[0]}].function.strict" if asking else None
+
+
+def parse_structure(given: dict, tools: Seq[dict] = (), forced: Seq[dict] = ()) -> Structure | None:
+    """What the answer must look like; `tools` may be called in it, one of `forced` must be."""
     asked = [name for name in ("response_format", "structured_outputs") if name in given]
     asked += ["tool_choice"] if forced else []
     if len(asked) > 1:
         raise APIError(f"{asked[1]} is not allowed together with {asked[0]}", asked[1])
     if forced:
-        return Structure("json", call_schema(list(forced)), "tool_choice")
+        return Structure("json", call_schema(forced), "tool_choice")
     if "response_format" in given:
-        return parse_response_format(given["response_format"])
-    return parse_structured_outputs(given["structured_outputs"]) if "structured_outputs" in given else None
+        wanted = parse_response_format(given["response_format"])
+        return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
+    if "structured_outputs" in given:
+        return parse_structured_outputs(given["structured_outputs"])
+    return Structure("calls", call_beginnings(tools), strict_tool(tools)) if strict_tool(tools) else None
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A checked request for text: of the chat route with messages, of the completions route with prompts."""
+    """A checked request for text: of the chat route with a conversation, of the completions route with prompts."""
 
     model: str | None
     params: SamplingParams
@@ -4347,9 +4496,8 @@ class GenerationRequest:
     include_usage: bool
     user: str
     metadata: dict[str, str]
-    messages: list[dict] = ()
-    add_generation_prompt: bool = True
     structure: Structure | None = None
+    conversation: dict[str, Any] | None = None  # arguments of ChatTemplate.encode
     tools: list[dict] = ()
     parallel_tool_calls: bool = True
     prompts: list[str | list[int]] = ()
@@ -4376,19 +4524,17 @@ def parse_generation(given: dict, defaults: SamplingParams, max_tokens: int | No
 def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
     """The typed request; raises APIError naming the first field that is wrong."""
     given = check_fields(values, CHAT_FIELDS)
-    if "messages" not in given:
-        raise APIError("messages is missing; a list of at least one message is expected", "messages")
     limits = {given[name] for name in ("max_tokens", "max_completion_tokens") if name in given}
     if len(limits) > 1:
         raise APIError("max_tokens and max_completion_tokens differ; give one of them", "max_completion_tokens")
     if "top_logprobs" in given and not given.get("logprobs"):
         raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
-    tools, forced = offered_tools(given)
+    conversation = parse_conversation(given)
+    tools, forced = offered_tools(conversation["tools"], given)
     return parse_generation(given, defaults, limits.pop() if limits else None, logprobs,
-                            messages=parse_messages(given["messages"]), tools=tools,
-                            structure=parse_structure(given, forced),
-                            add_generation_prompt=given.get("add_generation_prompt", True),
+                            conversation={**conversation, "tools": tools}, tools=tools,
+                            structure=parse_structure(given, tools, forced),
                             parallel_tool_calls=given.get("parallel_tool_calls", True))
 
 
@@ -4408,8 +4554,8 @@ def parse_completion(values: dict, defaults: SamplingParams) -> GenerationReques
     given = check_fields(values, COMPLETION_FIELDS)
     if "prompt" not in given:
         raise APIError("prompt is missing; a string or token ids are expected", "prompt")
-    if given.get("echo") and "logprobs" in given:
-        raise UnsupportedError("echo with logprobs is not supported yet", "echo")
+    if given.get("echo"):
+        defaults = dataclasses.replace(defaults, prompt_logprobs=given.get("logprobs"))
     return parse_generation(given, defaults, given.get("max_tokens", 16), given.get("logprobs"),
                             prompts=parse_prompts(given["prompt"]), echo=given.get("echo", False),
                             structure=parse_structure(given))
@@ -4505,10 +4651,10 @@ class ChatReply(Reply):
     PREFIX, OBJECT, CHUNK = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, group: Group, model: str, include_usage: bool = False, tools: Seq[dict] = (),
-                 parallel: bool = True):
+                 parallel: bool = True, strict: bool = False):
         super().__init__(group, model, include_usage)
         names = [tool["function"]["name"] for tool in tools]
-        self._streams = [ToolStream(names, parallel) for _ in group.places] if names else None
+        self._streams = [ToolStream(names, parallel, strict) for _ in group.places] if names else None
 
     def _choice(self, index: int, answer: Answer) -> dict:
         message, reason = {"role": "assistant", "content": answer.text, "refusal": None}, answer.finish_reason
@@ -4570,34 +4716,51 @@ class CompletionReply(Reply):
     def __init__(self, group: Group, model: str, include_usage: bool = False, echoed: Seq[str] = ()):
         self._echoed = echoed  # by prompt, where the prompt is to be shown
         super().__init__(group, model, include_usage)
-        self._offsets = [len(self._echo(index)) for index in range(len(group.places))]  # of the next token's text
+        self._begun: set[int] = set()  # choices whose prompt was shown
+        self._offsets = [0 if group.prompt_scores(index) else len(self._echo(index))
+                         for index in range(len(group.places))]  # of the next token's text
 
     def _echo(self, index: int) -> str:
         return self._echoed[index // self.group.n] if self._echoed else ""
 
     def _choice(self, index: int, answer: Answer) -> dict:
-        return self._chunk(index, self._echo(index) + answer.text, self._logprobs(index, answer.shown(answer.tokens)),
-                           answer.finish_reason)
+        tokens = [*self.group.prompt_scores(index), *answer.shown(answer.tokens)]
+        return self._chunk(index, self._echo(index) + answer.text, self._logprobs(index, tokens), answer.finish_reason)
 
     def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
-    def first_events(self) -> bytes:
-        return b"".join(self.text_event(index, self._echo(index)) for index in range(len(self.group.places)))
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        return self._prompt_event(index) + super().text_event(index, text, tokens)
+
+    def _prompt_event(self, index: int) -> bytes:
+        """The prompt where it is to be shown, before anything else of its choice: by then its tokens are scored."""
+        if not self._echoed or index in self._begun:
+            return b""
+        self._begun.add(index)
+        scores = self.group.prompt_scores(index)
+        return self._event(self._chunk(index, self._echo(index), self._logprobs(index, scores) if scores else None,
+                                       None))
 
     def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
         answer = self.group.places[index]
         if not answer.wants_logprobs:
             return None
-        shown, offsets = [answer.logprob_entry(token.token_id, token.logprob) for token in tokens], []
-        for entry in shown:
+        offsets = []
+        for token in tokens:
             offsets.append(self._offsets[index])
-            self._offsets[index] += len(entry["token"])
-        listed = [[answer.logprob_entry(*pair) for pair in (*token.top, (token.token_id, token.logprob))]
-                  for token in tokens]
-        tops = [{entry["token"]: entry["logprob"] for entry in entries} for entries in listed]
+            self._offsets[index] += answer.num_characters(token.token_id)
+        shown = [answer.logprob_entry(token.token_id, token.logprob) for token in tokens]
         return {"tokens": [entry["token"] for entry in shown], "token_logprobs": [entry["logprob"] for entry in shown],
-                "top_logprobs": tops, "text_offset": offsets}
+                "top_logprobs": [self._table(answer, token) for token in tokens], "text_offset": offsets}
+
+    @staticmethod
+    def _table(answer: Answer, token: Sampled) -> dict[str, float] | None:
+        """The likeliest tokens and the one that came; None where nothing came before."""
+        if token.top is None:
+            return None
+        entries = [answer.logprob_entry(*pair) for pair in (*token.top, (token.token_id, token.logprob))]
+        return {entry["token"]: entry["logprob"] for entry in entries}
 
 
 # ==============================================================================
@@ -4654,6 +4817,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     num_cached_tokens: int
     finished: bool = True
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # one a token; of the first there is none
 
 
 class Answer:
@@ -4701,10 +4865,14 @@ class Answer:
         """Those that the text is made of: all but one that ended it."""
         return [token for token in tokens if token.token_id not in self.handle.seq.end_token_ids]
 
-    def logprob_entry(self, token_id: int, logprob: float) -> dict:
+    def logprob_entry(self, token_id: int, logprob: float | None) -> dict:
         """A token as OpenAI's objects show it; -9999 stands for minus infinity, which JSON has not."""
-        spelled = self._tokenizer.shown_bytes(token_id)
-        return {"token": spelled.decode(errors="replace"), "logprob": max(logprob, -9999.0), "bytes": list(spelled)}
+        spelled, shown = self._tokenizer.shown_bytes(token_id), None if logprob is None else max(logprob, -9999.0)
+        return {"token": spelled.decode(errors="replace"), "logprob": shown, "bytes": list(spelled)}
+
+    def num_characters(self, token_id: int) -> int:
+        """Characters that begin in a token's text."""
+        return sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
 
     def _end_of(self, reason: str) -> tuple[str, str | int | None]:
         if self._matcher.matched is not None:
@@ -4718,7 +4886,9 @@ class Answer:
     def request_output(self, prompt: Any) -> RequestOutput:
         seq, text = self.handle.seq, prompt if isinstance(prompt, str) else None
         prompt_token_ids = seq.token_ids[: seq.num_prompt_tokens]
-        return RequestOutput(str(seq.seq_id), text, prompt_token_ids, [self.result()], seq.num_cached_tokens)
+        scores = None if seq.params.prompt_logprobs is None else [None, *map(self._logprobs, seq.prompt_scores)]
+        return RequestOutput(str(seq.seq_id), text, prompt_token_ids, [self.result()], seq.num_cached_tokens,
+                             prompt_logprobs=scores)
 
     def result(self) -> CompletionOutput:
         wanted = self._params.logprobs is not None
@@ -4759,7 +4929,8 @@ class Group:
     def _start(self, place: int) -> None:
         prompt, choice = self._prompts[place // self.n], place % self.n
         constraint = self._constraint.copy() if self._constraint else None
-        self.places[place] = self._llm.submit(prompt, self._params, self._param, self._changed, choice, constraint)
+        params = dataclasses.replace(self._params, prompt_logprobs=None) if choice else self._params
+        self.places[place] = self._llm.submit(prompt, params, self._param, self._changed, choice, constraint)
         if self._aborted:  # while it was being queued
             self.abort()
 
@@ -4776,6 +4947,12 @@ class Group:
     @property
     def is_finished(self) -> bool:
         return len(self.finished) == len(self.places)
+
+    def prompt_scores(self, place: int) -> list[Sampled]:
+        """A prompt's tokens with their log-probabilities, the first without, where these were asked for."""
+        seq = self.places[place - place % self.n].handle.seq
+        first = Sampled(seq.token_ids[0], None, None, True)
+        return [] if seq.params.prompt_logprobs is None else [first, *seq.prompt_scores]
 
     def abort(self) -> None:
         self._aborted = True
@@ -5667,8 +5844,9 @@ class Server:
         self._check_model(llm, request.model)
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
-        prompt = llm.template.encode(request.messages, request.add_generation_prompt, request.tools)
-        reply = functools.partial(ChatReply, tools=request.tools, parallel=request.parallel_tool_calls)
+        prompt = llm.template.encode(**request.conversation)
+        reply = functools.partial(ChatReply, tools=request.tools, parallel=request.parallel_tool_calls,
+                                  strict=request.structure is not None and request.structure.kind == "calls")
         self._generate(handler, llm, request, [prompt], "messages", reply)
 
     def _completions(self, handler: RequestHandler) -> None:
@@ -5775,8 +5953,7 @@ class Server:
         if ("prompt" in given) == ("messages" in given):
             raise APIError("give either prompt or messages", "prompt")
         if "messages" in given:
-            ids = llm.template.encode(parse_messages(given["messages"]), given.get("add_generation_prompt", True),
-                                      parse_tools(given.get("tools", [])))
+            ids = llm.template.encode(**parse_conversation(given))
         else:
             encode = llm.tokenizer.encode_prompt if given.get("add_special_tokens", True) else llm.tokenizer.encode
             ids = encode(given["prompt"])
@@ -5796,11 +5973,7 @@ class Server:
         """The prompt of a conversation as text, without running it."""
         llm, given = self._ready_llm(), check_fields(handler.read_json(), TEMPLATE_FIELDS)
         self._check_model(llm, given.get("model"))
-        if "messages" not in given:
-            raise APIError("messages is missing; a list of at least one message is expected", "messages")
-        messages = parse_messages(given["messages"])
-        handler.respond_json({"prompt": llm.template.render(messages, given.get("add_generation_prompt", True),
-                                                            parse_tools(given.get("tools", [])))})
+        handler.respond_json({"prompt": llm.template.render(**parse_conversation(given))})
 
     @staticmethod
     def _describe(group: Group) -> str:

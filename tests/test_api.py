@@ -174,7 +174,8 @@ class TestFields:
         known = {name for name, field in CHAT_FIELDS.items() if field.kind != "unsupported"}
         assert known - names == {"model", "messages", "stream", "stream_options", "max_completion_tokens", "user", "n",
                                  "top_logprobs", "metadata", "tools", "tool_choice", "parallel_tool_calls",
-                                 "response_format", "structured_outputs", "add_generation_prompt"}
+                                 "response_format", "structured_outputs", "add_generation_prompt",
+                                 "continue_final_message", "chat_template_kwargs"}
 
     def test_two_equal_limits_agree_and_different_ones_do_not(self):
         assert chat(max_tokens=5, max_completion_tokens=5).params.max_tokens == 5
@@ -215,16 +216,18 @@ class TestMessages:
     def test_roles_are_those_of_the_template(self):
         roles = ["system", "developer", "user", "assistant"]
         request = chat(messages=[{"role": role, "content": role} for role in roles])
-        assert [message["role"] for message in request.messages] == ["system", "system", "user", "assistant"]
+        parsed = request.conversation["messages"]
+        assert [message["role"] for message in parsed] == ["system", "system", "user", "assistant"]
 
     def test_text_parts_become_one_string(self):
         parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-        assert chat(messages=[{"role": "user", "content": parts}]).messages == [{"role": "user", "content": "a\nb"}]
+        request = chat(messages=[{"role": "user", "content": parts}])
+        assert request.conversation["messages"] == [{"role": "user", "content": "a\nb"}]
 
     def test_an_answer_of_the_openai_client_may_be_sent_back(self):
         message = {"role": "assistant", "content": "Hi", "refusal": None, "annotations": None, "audio": None,
                    "function_call": None, "tool_calls": None}
-        assert chat(messages=[*USER, message]).messages[1] == {"role": "assistant", "content": "Hi"}
+        assert chat(messages=[*USER, message]).conversation["messages"][1] == {"role": "assistant", "content": "Hi"}
 
     @pytest.mark.parametrize("message, where, code", [
         ("hi", "", "invalid_type"), (None, "", "invalid_type"), ([], "", "invalid_type"),
@@ -244,7 +247,9 @@ class TestMessages:
         ({"role": "user", "content": [{"type": "text"}]}, ".content[0]", "invalid_type"),
         ({"role": "user", "content": [{"type": "text", "text": 1}]}, ".content[0]", "invalid_type"),
         ({"role": "user", "content": [{"type": "text", "text": "x", "cache": 1}]}, ".content[0]", "invalid_type"),
-        ({"role": "user", "content": "x", "name": "Ann"}, ".name", "unsupported_parameter"),
+        ({"role": "user", "content": "x", "name": "Ann Lee"}, ".name", "invalid_value"),
+        ({"role": "user", "content": "x", "name": "a" * 65}, ".name", "invalid_value"),
+        ({"role": "user", "content": "x", "name": 5}, ".name", "invalid_type"),
         ({"role": "user", "content": "x", "weight": 1}, ".weight", "unsupported_parameter"),
         ({"role": "assistant", "content": "x", "tool_calls": [{}]}, ".tool_calls[0]", "invalid_type")])
     def test_errors_name_the_message_and_its_field(self, message, where, code):

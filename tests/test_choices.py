@@ -147,7 +147,8 @@ class TestCompletions:
         assert answer.usage.completion_tokens == 16 and answer.choices[0].finish_reason == "length"
 
     @pytest.mark.parametrize("options", [dict(), dict(n=3, temperature=1.0), dict(logprobs=2), dict(logprobs=0),
-                                         dict(echo=True), dict(echo=True, n=2), dict(stop="e", temperature=1.2)])
+                                         dict(echo=True), dict(echo=True, n=2), dict(stop="e", temperature=1.2),
+                                         dict(echo=True, logprobs=2), dict(echo=True, logprobs=0, n=3)])
     def test_streams_equal_whole_answers(self, client, name, options):
         options = dict(model=name, prompt=["Once upon", "The sea"], seed=5, max_tokens=7, **options)
         whole = client.completions.create(**options)
@@ -171,12 +172,48 @@ class TestCompletions:
         assert all(len(table) >= 3 or table for table in logprobs.top_logprobs)
         assert logprobs.text_offset[0] == 0 and logprobs.text_offset == sorted(logprobs.text_offset)
 
+    def test_an_echoed_prompt_is_scored_as_if_it_had_been_generated(self, client, name, tiny_llm):
+        options = dict(model=name, max_tokens=9, temperature=0, logprobs=3, extra_body={"ignore_eos": True})
+        ids = tiny_llm.tokenizer.encode_prompt("Once upon a time \U0001f642 ")
+        plain = client.completions.create(prompt=ids, **options).choices[0].logprobs
+        answer = tiny_llm.generate(ids, temperature=0, max_tokens=9, ignore_eos=True)[0].outputs[0]
+        longer = ids + answer.token_ids[:-1]
+        for _ in range(2):  # the second time every block is cached
+            choice = client.completions.create(prompt=longer, echo=True, n=2, **{**options, "max_tokens": 1}).choices[1]
+            shown = tiny_llm.tokenizer.decode(longer)
+            assert choice.text.startswith(shown)
+            scored = choice.logprobs
+            assert scored.tokens[-9:] == plain.tokens and len(scored.tokens) == len(longer) + 1
+            assert scored.token_logprobs[0] is None and scored.top_logprobs[0] is None
+            assert scored.token_logprobs[-9:] == pytest.approx(plain.token_logprobs, abs=1e-5)
+            for found, expected in zip(scored.top_logprobs[-9:], plain.top_logprobs):
+                assert found == pytest.approx(expected, abs=1e-5)
+            assert scored.text_offset[:2] == [0, 0] and scored.text_offset == sorted(scored.text_offset)
+            assert choice.text[scored.text_offset[9] :].startswith(scored.tokens[9])
+
+    def test_prompts_are_scored_alike_in_pieces_among_others_and_after_preemption(self, tiny_llm):
+        prompt = tiny_llm.tokenizer.encode_prompt("The river runs down to the sea. " * 3)
+        scores = lambda llm, **options: [
+            next(iter(entries.values())).logprob if entries else None
+            for entries in llm.generate(prompt, prompt_logprobs=0, max_tokens=1, **options)[0].prompt_logprobs]
+        expected = scores(tiny_llm)
+        assert len(expected) == len(prompt) and expected[0] is None and max(expected[1:]) < 0
+        with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu", max_num_batched_tokens=7) as llm:
+            assert scores(llm) == expected
+        with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu", max_num_batched_tokens=16, max_model_len=128,
+                           kv_cache_memory=tiny_llm.engine.model.kv_block_bytes() * 10) as llm:
+            outputs = llm.generate([prompt, prompt[:9], prompt, "x" * 30], prompt_logprobs=0, max_tokens=60,
+                                   ignore_eos=True)
+            assert llm.engine.snapshot()["num_preemptions"] > 0
+            for output in (outputs[0], outputs[2]):
+                assert [next(iter(e.values())).logprob if e else None for e in output.prompt_logprobs] == expected
+
     @pytest.mark.parametrize("fields, param", [
         ({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [[]]}, "prompt"), ({"prompt": [1.5]}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"), ({"prompt": ["a"] * 65}, "prompt"), ({"prompt": [10**9]}, "prompt"),
         ({"prompt": "a", "echo": 1}, "echo"), ({"prompt": "a", "logprobs": 6}, "logprobs"),
         ({"prompt": "a", "suffix": "b"}, "suffix"), ({"prompt": "a", "best_of": 2}, "best_of"),
-        ({"prompt": "a", "echo": True, "logprobs": 1}, "echo"), ({"prompt": "a", "messages": []}, "messages")])
+        ({"prompt": "a", "messages": []}, "messages")])
     def test_errors_name_the_field(self, tiny_server, fields, param):
         status, body = post(tiny_server, "/v1/completions", fields)
         assert (status, body["error"]["param"]) == (400, param)

@@ -239,3 +239,94 @@ def test_the_sdks_tool_helpers_read_our_calls(client, llm):
         names = [event.name for event in stream if event.type == "tool_calls.function.arguments.done"]
         call, = stream.get_final_completion().choices[0].message.tool_calls
     assert names == ["mark"] and Point.model_validate_json(call.function.arguments)
+
+
+STRICT_ADD = {"type": "function", "function": {"name": "add", "strict": True, "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer", "maximum": 99}, "sign": {"enum": ["+", "-"]}},
+    "required": ["a", "sign"], "additionalProperties": False}}}
+
+
+def accepts(constraint, tokenizer, text):
+    """True when the whole text may come, token by token, and then be the end."""
+    for token_id in tokenizer.encode(text):
+        if not constraint.mask()[token_id] or not constraint.accept(token_id):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("text, allowed", [
+    ("Just text, {with} [brackets] and {\"name\": \"Bob\"}.", True), ("", True),
+    ('{"name": "add", "parameters": {"a": 5, "sign": "+"}}', True),
+    ('Well: {"name": "add", "arguments": {"a": 5, "sign": "-"}}', True),
+    ('{"name": "add", "parameters": {"a": 5, "sign": "+"}}; {"name": "add", "arguments": {"a": 6, "sign": "+"}}',
+     True),
+    ('{"name": "get_weather", "parameters": {"anything": [1, {"x": null}]}}', True),  # it is not strict
+    ('{"name": "add", "parameters": {"a": 100, "sign": "+"}}', False),
+    ('{"name": "add", "parameters": {"a": 5}}', False), ('{"name": "add", "parameters": []}', False),
+    ('{"name": "add", "arguments": {"a": 5, "sign": "*"}}', False),
+    ('Well: {"name": "add", "parameters": {"a": 5, "sign": "+", "b": 1}}', False)])
+def test_strict_calls_are_watched_over_wherever_they_begin(llm, text, allowed):
+    tools = [STRICT_ADD, WEATHER]
+    structure = rustinfer.parse_structure({}, tools)
+    assert structure.param == "tools[0].function.strict"
+    assert accepts(llm.grammars.compile(structure), llm.tokenizer, text) is allowed
+    stream = rustinfer.ToolStream(["add", "get_weather"], strict=True)
+    shown = "".join(map(stream.push, text))
+    rest, calls = stream.finish()
+    if allowed:
+        assert len(calls) == text.count('"parameters"') + text.count('"arguments"') and (calls or shown + rest == text)
+
+
+@pytest.mark.parametrize("text", ['{ "name": "add", "parameters": {"a": 100}}', '[add(a=100)]',
+                                  '{"type": "function", "name": "add", "parameters": {"a": "x"}}', '{"name": "add"}'])
+def test_a_call_that_no_grammar_watched_over_is_text_where_tools_are_strict(text):
+    stream = rustinfer.ToolStream(["add"], strict=True)
+    assert "".join(map(stream.push, text)) + stream.finish()[0] == text
+
+
+def test_forced_calls_keep_their_schema_at_any_temperature(client, llm):
+    start = [*MESSAGES, {"role": "assistant", "content": "Well"}]
+    options = dict(model=llm.name, tools=[STRICT_ADD], temperature=1.5, max_tokens=120, messages=start, n=8)
+    forced = client.chat.completions.create(tool_choice="required", **options)
+    for choice in forced.choices:
+        call, = choice.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), STRICT_ADD["function"]["parameters"])
+
+
+def test_the_demo_model_makes_a_strict_call_or_answers(demo_server):
+    class get_weather(pydantic.BaseModel):
+        """Get the weather of a city."""
+
+        city: str
+
+    with openai.OpenAI(base_url=demo_server.url + "/v1", api_key="none", max_retries=0) as client:
+        options = dict(model="demo", tools=[openai.pydantic_function_tool(get_weather)], temperature=0, max_tokens=80)
+        question = [{"role": "user", "content": "What is the weather in Paris?"}]
+        call, = client.chat.completions.parse(messages=question, **options).choices[0].message.tool_calls
+        assert call.function.parsed_arguments == get_weather(city="Paris")
+        with client.chat.completions.stream(messages=question, **options) as stream:
+            call, = stream.get_final_completion().choices[0].message.tool_calls
+            assert call.function.parsed_arguments == get_weather(city="Paris")
+        text = client.chat.completions.parse(messages=[{"role": "user", "content": "What is Rust?"}], **options)
+        assert text.choices[0].message.tool_calls is None and text.choices[0].message.content
+
+
+def test_an_answer_in_a_format_may_be_a_call_instead(llm):
+    schema = {"type": "object", "properties": {"x": {"$ref": "#/$defs/digit"}}, "required": ["x"],
+              "additionalProperties": False, "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}}}
+    structure = rustinfer.parse_structure({"response_format": schema_format(schema)}, [STRICT_ADD])
+    for text, allowed in (('{"x": 7}', True), ('{"name": "add", "parameters": {"a": 5, "sign": "+"}}', True),
+                          ('{"x": 10}', False), ('{"name": "add", "parameters": {"a": 5}}', False), ("Hello", False)):
+        assert accepts(llm.grammars.compile(structure), llm.tokenizer, text) is allowed
+
+
+def test_allowed_tools_are_the_ones_offered(client, llm):
+    allowed = lambda mode: {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [
+        {"type": "function", "function": {"name": "add"}}]}}
+    options = dict(model=llm.name, tools=[WEATHER, STRICT_ADD], temperature=1.5, max_tokens=120, messages=MESSAGES)
+    forced = client.chat.completions.create(tool_choice=allowed("required"), seed=3, **options)
+    call, = forced.choices[0].message.tool_calls
+    assert call.function.name == "add"
+    only_add = client.chat.completions.create(**{**options, "tools": [STRICT_ADD]}, seed=3)
+    assert client.chat.completions.create(tool_choice=allowed("auto"), seed=3, **options).choices[0].message == (
+        only_add.choices[0].message)
