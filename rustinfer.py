@@ -3,6 +3,7 @@
 # requires-python = ">=3.11"
 # dependencies = [
 #   "numpy>=1.26", "safetensors>=0.4.3", "tokenizers>=0.21", "jinja2>=3.1", "psutil>=5.9", "threadpoolctl>=3.2",
+#   "prometheus-client>=0.20",
 # ]
 # ///
 """rustinfer -- an OpenAI-compatible inference server for Llama-3 models, in one file.
@@ -25,7 +26,7 @@ Sections, each using only the ones above it
   Errors, Settings
   I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, CPU, Model, Sampler, Grammar
   II.  many requests at once:        KV cache, Scheduler, Metrics, Runner, Engine
-  III. the wire:                     API, LLM, Server, CLI
+  III. the wire:                     API, Access, LLM, Server, CLI
 
 Letters: T tokens in the step, B sequences, H query heads, K KV heads, D head_dim, C hidden_size,
 F intermediate_size (or any output width), V vocab, L layers, N blocks, S block size.
@@ -44,6 +45,7 @@ import email.utils
 import errno
 import functools
 import hashlib
+import hmac
 import http
 import http.server
 import importlib
@@ -61,6 +63,7 @@ import shutil
 import signal
 import socket
 import socketserver
+import ssl
 import struct
 import subprocess
 import sys
@@ -68,7 +71,7 @@ import tempfile
 import threading
 import time
 import urllib.parse
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +83,8 @@ import jinja2.ext
 import jinja2.meta
 import jinja2.sandbox
 import numpy as np
+import prometheus_client
+import prometheus_client.core
 import psutil
 import safetensors
 import threadpoolctl
@@ -157,10 +162,27 @@ class QueueFullError(APIError):
     status, type, code = 429, "rate_limit_error", "queue_full"
 
 
+class AuthenticationError(APIError):
+    """A key is needed and was not given, or is none of ours."""
+
+    status, code = 401, "invalid_api_key"
+
+
+class RateLimitError(APIError):
+    """A client has used what it may use for now."""
+
+    status, type, code = 429, "rate_limit_error", "rate_limit_exceeded"
+
+
 class UnavailableError(APIError):
     """The server is loading, draining or broken."""
 
     status, type, code = 503, "server_error", "model_loading"
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """The header that tells a client when to come back."""
+    return {"Retry-After": str(max(1, math.ceil(min(seconds, 3600))))}
 
 
 def shorten(value: Any, limit: int = 200) -> str:
@@ -258,8 +280,27 @@ def parse_switch(text: str | bool) -> bool:
     return table[str(text).lower()]
 
 
+def parse_key(text: str) -> str:
+    if not re.fullmatch(r"[!-~]{8,512}", str(text), re.ASCII):
+        raise ValueError("8 to 512 printable ASCII characters without spaces")
+    return str(text)
+
+
+def parse_file(text: str) -> str:
+    if not Path(text := str(text)).expanduser().is_file():
+        raise ValueError("a file that exists")
+    return text
+
+
+def parse_hosts(text: str) -> str:
+    for host in str(text).split(","):
+        if not re.fullmatch(r"\*|[A-Za-z0-9.\-_]+|\[[0-9A-Fa-f:.]+\]", host.strip(), re.ASCII):
+            raise ValueError("* or names such as example.org, without ports, separated by commas")
+    return str(text)
+
+
 class Setting(NamedTuple):
-    """One setting: its flag, its environment variable and EngineConfig field follow from the name."""
+    """One setting: its flag, its environment variable and its field of a config follow from the name."""
 
     name: str
     default: Any
@@ -267,6 +308,7 @@ class Setting(NamedTuple):
     help: str
     metavar: str = "N"
     env: str = ""
+    repeatable: bool = False  # its value is a tuple
 
     @property
     def flag(self) -> str:
@@ -302,24 +344,49 @@ SETTINGS = (
     Setting("enforce_eager", False, parse_switch, "launch CUDA kernels one by one instead of captured graphs", ""),
     Setting("no_pdl", False, parse_switch, "no programmatic dependent launch (compute capability 9.0 and later)", ""),
     Setting("max_queue", 256, whole(1, 1 << 20), "requests that may wait; more are answered 429"),
+    Setting("api_key", (), parse_key, "key that clients must send; may be given several times", "KEY", repeatable=True),
+    Setting("api_key_file", None, parse_file, "JSON file of keys with names and limits (README)", "FILE"),
+    Setting("requests_per_minute", None, whole(1, 10**9), "of each key, or address without keys (default: no limit)"),
+    Setting("tokens_per_minute", None, whole(1, 10**12), "of prompts and answers, likewise (default: no limit)"),
+    Setting("max_concurrent_requests", None, whole(1, 10**6), "at once, likewise (default: no limit)"),
+    Setting("request_timeout", None, number(0.001, 1e6), "time of a request, queue included (default: no limit)",
+            "SECONDS"),
+    Setting("write_timeout", 20.0, number(0.001, 1e6), "time that a client may take to read what is sent", "SECONDS"),
     Setting("max_connections", 400, whole(1, 1 << 16), "open connections; more are answered 503"),
     Setting("stream_interval", 0.02, number(0, 10), "least time between two writes of one stream", "SECONDS"),
     Setting("drain_timeout", 30.0, number(0, 86400), "time that running requests get at shutdown", "SECONDS"),
+    Setting("allowed_hosts", None, parse_hosts,
+            "more names that requests may be for, or * (checked on loopback without keys)", "NAMES"),
+    Setting("ssl_certfile", None, parse_file, "serve HTTPS with this certificate chain (PEM)", "FILE"),
+    Setting("ssl_keyfile", None, parse_file, "its private key, where it is not in the same file", "FILE"),
     Setting("cors_origins", "*", parse_origins, "origins that browsers may call from, separated by commas", "ORIGINS"),
+    Setting("log_format", "text", one_of("text", "json"), "text or json, a line a request", "FORMAT"),
     Setting("log_level", "info", one_of("debug", "info", "warning", "error"), "debug, info, warning or error", "LEVEL"),
 )
 
 
 def check_setting(setting: Setting, value: Any, origin: str | None = None) -> Any:
     """The parsed value, or a SettingsError that names the flag, the value and what is allowed."""
+    if setting.repeatable and not isinstance(value, str):
+        return tuple(check_setting(setting._replace(repeatable=False), one, origin) for one in value)
     try:
-        return setting.parse(value)
+        return (setting.parse(value),) if setting.repeatable else setting.parse(value)
     except ValueError as error:
         raise SettingsError(f"{origin or setting.flag}: {shorten(value)!r} is not allowed; it takes {error}") from None
 
 
+class CheckedConfig:
+    """A dataclass whose fields are settings: each value is checked as its flag would be."""
+
+    def __post_init__(self):
+        for setting in SETTINGS:
+            value = getattr(self, setting.name, setting.default)
+            if value is not setting.default:  # a default of None is "find out"; None is not a value of the others
+                object.__setattr__(self, setting.name, check_setting(setting, value, setting.name))
+
+
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(CheckedConfig):
     """Limits and choices of one engine; the defaults are the server's."""
 
     device: str = "auto"
@@ -340,11 +407,25 @@ class EngineConfig:
     max_queue: int = 256
     stream_interval: float = 0.02  # seconds
 
-    def __post_init__(self):
-        for setting in SETTINGS:
-            value = getattr(self, setting.name, setting.default)
-            if value is not setting.default:  # a default of None is "find out"; None is not a value of the others
-                object.__setattr__(self, setting.name, check_setting(setting, value, setting.name))
+
+@dataclass(frozen=True)
+class ServerConfig(CheckedConfig):
+    """Limits and choices of one HTTP server; the defaults are the command line's."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent_requests: int | None = None
+    request_timeout: float | None = None  # seconds
+    write_timeout: float = 20.0  # seconds
+    max_connections: int = 400
+    allowed_hosts: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    cors_origins: str = "*"
 
 
 @dataclass(frozen=True)
@@ -2853,6 +2934,13 @@ class GrammarCompiler:
 # ==============================================================================
 
 
+class Tenant(NamedTuple):
+    """Whose a request is: shares of the engine are per name, cached prefixes per salt."""
+
+    name: str = ""
+    salt: bytes = b""
+
+
 PENDING = -1  # a token that a launched step draws and nobody has read yet; only the last of a sequence can be
 
 
@@ -2860,8 +2948,8 @@ class Sequence:
     """One prompt and its growing answer: tokens, where their KV lies, and how it may end."""
 
     def __init__(self, seq_id: int, prompt_token_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b"",
-                 choice: int = 0):
-        self.seq_id, self.params, self.seed, self.salt = seq_id, params, seed, salt
+                 choice: int = 0, tenant: str = ""):
+        self.seq_id, self.params, self.seed, self.tenant, self.salt = seq_id, params, seed, tenant, salt
         self.choice = choice  # which of a request's n answers
         self.constraint: Constraint | None = None  # Engine.submit sets these two
         self.end_token_ids: frozenset[int] = frozenset()  # tokens that end the answer
@@ -3065,21 +3153,84 @@ class Step(NamedTuple):
     num_scheduled_tokens: list[int]
 
 
+class FairQueue:
+    """The sequences that wait: a line for each tenant, first come, first served.
+
+    Next is the line of the tenant who was served the fewest tokens (of equal ones: who runs less, who came first). A
+    tenant who comes back begins with the least count of those who are there: neither debts nor savings are kept. This
+    is the virtual token counter of Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024).
+    """
+
+    def __init__(self):
+        self._lines: dict[str, deque[Sequence]] = {}
+        self._served: dict[str, int] = {}  # tokens, of tenants who wait or run
+
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return (seq for line in self._lines.values() for seq in line)
+
+    def append(self, seq: Sequence) -> None:
+        if seq.tenant not in self._served:
+            self._served[seq.tenant] = min(self._served.values(), default=0)
+        self._lines.setdefault(seq.tenant, deque()).append(seq)
+
+    def put_first(self, seq: Sequence) -> None:
+        """Back to the head of its tenant's line."""
+        self._lines.setdefault(seq.tenant, deque()).appendleft(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        self._lines[seq.tenant].remove(seq)
+        if not self._lines[seq.tenant]:
+            del self._lines[seq.tenant]
+
+    def next(self, running: Seq[Sequence]) -> Sequence:
+        """Whose turn it is."""
+        if len(self._lines) == 1:
+            return next(iter(self._lines.values()))[0]
+        counts = Counter(seq.tenant for seq in running)
+        heads = [line[0] for line in self._lines.values()]
+        return min(heads, key=lambda seq: (self._served[seq.tenant], counts[seq.tenant], seq.seq_id))
+
+    def charge(self, step: Step) -> None:
+        """A step's tokens were given to its sequences."""
+        for seq, count in zip(*step):
+            self._served[seq.tenant] += count
+
+    def forget_idle(self, tenant: str, running: Iterable[Sequence]) -> None:
+        """Keep no count of a tenant who has nothing left here."""
+        if tenant not in self._lines and not any(seq.tenant == tenant for seq in running):
+            self._served.pop(tenant, None)
+
+    def position(self, seq: Sequence) -> int:
+        """How many are before it when the lines take turns."""
+        place = self._lines[seq.tenant].index(seq)
+        others = (len(line) for tenant, line in self._lines.items() if tenant != seq.tenant)
+        return place + sum(min(length, place + 1) for length in others)
+
+
 class Scheduler:
-    """First come, first served, under two limits: max_num_seqs at once, max_num_batched_tokens a step.
+    """Fair between tenants, first come, first served for each; at most max_num_seqs at once and max_num_batched_tokens
+    a step.
 
     There is no prefill mode: a step runs decoding sequences first (one token each) and spends the rest of its budget
     on prompts. Of the prompts the oldest gets at least half, the others follow shortest first: a long prompt
     neither starves nor holds up a short one.
+
+    A tenant whose turn it is and who runs less than an equal share does not wait for long: if PATIENCE steps admit
+    nobody, the newest sequence of the tenant most over that share is preempted.
     """
 
+    PATIENCE = 4  # steps
     MAX_SCORED = 128  # tokens a step of a prompt that is to be scored: each makes a row of logits
 
     def __init__(self, blocks: BlockManager, max_num_seqs: int, max_num_batched_tokens: int):
         self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.waiting = FairQueue()
         self.running: list[Sequence] = []  # as admitted; see `schedule`
         self.num_preemptions = 0
+        self._num_held = 0  # steps in a row in which the next in turn waited below its share
 
     @property
     def has_work(self) -> bool:
@@ -3094,12 +3245,14 @@ class Scheduler:
             self.running.remove(seq)
         elif seq in self.waiting:
             self.waiting.remove(seq)
+        self.waiting.forget_idle(seq.tenant, self.running)
         self.blocks.release(seq)
 
     def schedule(self) -> Step:
         """Choose the next step; every sequence in it has blocks for all of its tokens."""
         self._make_room()
         self._admit()
+        self._keep_shares()
         budget = self.max_num_batched_tokens
         decoding, prompts = [], []
         for seq in self.running:
@@ -3111,7 +3264,9 @@ class Scheduler:
         chosen = [(seq, 1) for seq in decoding] + [(seq, share) for seq, share in zip(prompts, shares) if share > 0]
         if len(decoding) == budget:  # more decode than budget: whoever ran goes behind those who did not
             self.running.sort(key=lambda seq: seq in decoding)
-        return Step([seq for seq, _ in chosen], [share for _, share in chosen])
+        step = Step([seq for seq, _ in chosen], [share for _, share in chosen])
+        self.waiting.charge(step)
+        return step
 
     def _make_room(self) -> None:
         """Give each running sequence the block its next token needs, preempting the newest where there is none."""
@@ -3128,7 +3283,7 @@ class Scheduler:
 
     def can_look_ahead(self) -> bool:
         """True when the next step needs no token that is pending: nobody can be admitted or must be preempted."""
-        if self.waiting and len(self.running) < self.max_num_seqs:
+        if self.waiting and (len(self.running) < self.max_num_seqs or self._num_held >= self.PATIENCE):
             return False
         return sum(map(self._lacks_block, self.running)) <= self.blocks.num_free
 
@@ -3136,21 +3291,41 @@ class Scheduler:
         """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
         self.running.remove(seq)
         self.blocks.release(seq)
-        self.waiting.appendleft(seq)
+        self.waiting.put_first(seq)
         seq.num_preemptions += 1
         self.num_preemptions += 1
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0]
+            seq = self.waiting.next(self.running)
             prefix = self.blocks.find_prefix(seq)
             spare = len(self.running)  # a block for each running sequence, or it would soon preempt this one again
             if self.blocks.blocks_needed(seq, prefix) + spare > self.blocks.num_free:
                 return
-            self.blocks.admit(self.waiting.popleft(), prefix)
+            self.waiting.remove(seq)
+            self.blocks.admit(seq, prefix)
+            self._num_held = 0
             if not seq.num_preemptions:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.running.append(seq)
+
+    def _keep_shares(self) -> None:
+        """Make room for the next in turn once it has waited long enough below its share."""
+        if not self.waiting:
+            self._num_held = 0
+            return
+        counts = Counter(seq.tenant for seq in self.running)
+        seq = self.waiting.next(self.running)
+        share = max(1, self.max_num_seqs // len({seq.tenant for seq in self.waiting} | set(counts)))
+        tenant, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
+        if counts[seq.tenant] >= share or most <= share:
+            self._num_held = 0
+        elif self._num_held < self.PATIENCE:
+            self._num_held += 1
+        else:
+            self._preempt(max((seq for seq in self.running if seq.tenant == tenant), key=lambda seq: seq.seq_id))
+            self._admit()
+            self._num_held = 0
 
     def _share(self, prompts: list[Sequence], budget: int) -> list[int]:
         """Tokens for each prompt (oldest first in `prompts`)."""
@@ -3205,13 +3380,55 @@ class Timing:
         return self._span(self.arrived, self.finished)
 
 
+LATENCIES = (.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)  # seconds
+HISTOGRAMS = {  # name in Prometheus: (what it is, upper bounds)
+    "time_to_first_token_seconds": ("From arrival to the first token", LATENCIES),
+    "time_per_output_token_seconds": ("Mean of a request's tokens after the first", LATENCIES),
+    "e2e_request_latency_seconds": ("From arrival to the last token", LATENCIES),
+    "request_queue_time_seconds": ("From arrival to the first step", LATENCIES),
+    "request_prefill_time_seconds": ("From the first step to the first token", LATENCIES),
+    "request_decode_time_seconds": ("From the first token to the last", LATENCIES),
+    "request_prompt_tokens": ("Prompt tokens of a request", [1 << n for n in range(18)]),
+    "request_generation_tokens": ("Output tokens of a request", [1 << n for n in range(18)]),
+    "batch_size": ("Sequences in a step", [1 << n for n in range(11)])}
+GAUGES = {"num_requests_running": "Sequences that run", "num_requests_waiting": "Sequences that wait",
+          "kv_cache_usage_perc": "Part of the KV blocks in use, 0 to 1"}
+COUNTERS = {"num_preemptions": "Sequences that were preempted", "steps": "Steps of the engine",
+            "prompt_tokens": "Prompt tokens of finished requests",
+            "generation_tokens": "Output tokens of finished requests",
+            "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
+            "prefix_cache_hits": "Prompt tokens found in the prefix cache"}
+CARD_GAUGES = {"memory_used_bytes": "Memory in use on the card", "memory_total_bytes": "Memory of the card",
+               "utilization_ratio": "Part of the time in which a kernel ran, 0 to 1",
+               "temperature_celsius": "The card's temperature", "power_watts": "The card's power"}
+
+
 class Metrics:
     """What the engine counted since it started; written under the engine's lock."""
 
-    def __init__(self):
+    def __init__(self, model_name: str = ""):
         self.requests: dict[str, int] = {}  # by finish reason
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.steps = 0
         self.ttft_s = self.queue_s = self.e2e_s = 0.0  # sums over finished requests
+        self.registry = prometheus_client.CollectorRegistry()
+        self._histograms = {name: prometheus_client.Histogram(
+            f"rustinfer:{name}", text, ["model_name"], registry=self.registry, buckets=bounds).labels(model_name)
+            for name, (text, bounds) in HISTOGRAMS.items()}
+        self._starts: deque[float] = deque(maxlen=32)  # when the last requests left the queue
+
+    def started(self, now: float) -> None:
+        """A request left the queue."""
+        self._starts.append(now)
+
+    def wait_s(self, position: int) -> float | None:
+        """Seconds until a request with so many before it may start, at the pace of the last ones; None if unknown."""
+        if len(self._starts) < 2:
+            return None
+        return (position + 1) * (time.monotonic() - self._starts[0]) / len(self._starts)
+
+    def stepped(self, num_seqs: int) -> None:
+        self.steps += 1
+        self._histograms["batch_size"].observe(num_seqs)
 
     def finished(self, reason: str, seq: Sequence, timing: Timing) -> None:
         self.requests[reason] = self.requests.get(reason, 0) + 1
@@ -3221,11 +3438,60 @@ class Metrics:
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
+        if timing.first_token is not None:
+            self._observe(seq, timing)
+
+    def _observe(self, seq: Sequence, timing: Timing) -> None:
+        for name, value in (
+                ("time_to_first_token_seconds", timing.ttft_s), ("e2e_request_latency_seconds", timing.e2e_s),
+                ("request_queue_time_seconds", timing.queue_s), ("request_prefill_time_seconds", timing.prefill_s),
+                ("request_decode_time_seconds", timing.decode_s), ("request_prompt_tokens", seq.num_prompt_tokens),
+                ("request_generation_tokens", seq.num_output_tokens)):
+            self._histograms[name].observe(value)
+        if seq.num_output_tokens > 1:
+            self._histograms["time_per_output_token_seconds"].observe(timing.decode_s / (seq.num_output_tokens - 1))
 
     def snapshot(self) -> dict:
         return {"requests": dict(self.requests), "steps": self.steps, "prompt_tokens": self.prompt_tokens,
                 "cached_tokens": self.cached_tokens, "completion_tokens": self.completion_tokens,
                 "time_to_first_token_seconds": self.ttft_s, "queue_seconds": self.queue_s, "e2e_seconds": self.e2e_s}
+
+
+class EngineCollector:
+    """The engine's snapshot, the card's and the server's errors in Prometheus' terms."""
+
+    def __init__(self, model_name: str, snapshot: Callable[[], dict], card: Callable[[], dict | None],
+                 errors: dict[str, int]):
+        self._model_name, self._snapshot, self._card, self._errors = model_name, snapshot, card, errors
+
+    def collect(self) -> Iterator[Any]:
+        """Called at each scrape."""
+        core, engine, card = prometheus_client.core, self._snapshot(), self._card() or {}
+        values = {**engine, "generation_tokens": engine["completion_tokens"],
+                  "prefix_cache_queries": engine["prompt_tokens"], "prefix_cache_hits": engine["cached_tokens"],
+                  "kv_cache_usage_perc": engine["kv_blocks_used"] / engine["kv_blocks_total"]}
+        yield from (self._family(core.GaugeMetricFamily, name, text, values) for name, text in GAUGES.items())
+        yield from (self._family(core.CounterMetricFamily, name, text, values) for name, text in COUNTERS.items())
+        if card:
+            values = {**card, "memory_used_bytes": card["memory_used_mb"] << 20,
+                      "memory_total_bytes": card["memory_total_mb"] << 20,
+                      "utilization_ratio": card["utilization_percent"] / 100}
+            for name, text in CARD_GAUGES.items():
+                if values.get(name) is not None:
+                    yield self._family(core.GaugeMetricFamily, name, text, values, "gpu_")
+        yield self._by("request_success", "Finished requests", "finished_reason", engine["requests"])
+        yield self._by("errors", "Errors answered over HTTP", "code", dict(self._errors))
+
+    def _family(self, kind: type, name: str, text: str, values: dict, prefix: str = "") -> Any:
+        family = kind(f"rustinfer:{prefix}{name}", text, labels=["model_name"])
+        family.add_metric([self._model_name], values[name])
+        return family
+
+    def _by(self, name: str, text: str, label: str, counts: dict[str, int]) -> Any:
+        family = prometheus_client.core.CounterMetricFamily(f"rustinfer:{name}", text, labels=["model_name", label])
+        for value, count in counts.items():
+            family.add_metric([self._model_name, value], count)
+        return family
 
 
 class MachineProbe:
@@ -3248,11 +3514,12 @@ class MachineProbe:
             "cpu": {"utilization_percent": psutil.cpu_percent(), "core_count": psutil.cpu_count() or 1},
             "memory": {"used_mb": memory.used // mib, "total_mb": memory.total // mib,
                        "available_mb": memory.available // mib},
-            "gpu": self._card_snapshot(),
+            "gpu": self.card(),
             "timestamp": int(time.time()),
         }
 
-    def _card_snapshot(self) -> dict | None:
+    def card(self) -> dict | None:
+        """The card's numbers; None where there is none."""
         if self._card is None:
             return None
         try:
@@ -3261,9 +3528,16 @@ class MachineProbe:
                 "device_id": self._device_index,
                 "utilization_percent": self._nvml.nvmlDeviceGetUtilizationRates(self._card).gpu,
                 "memory_used_mb": memory.used >> 20, "memory_total_mb": memory.total >> 20,
-                "temperature_celsius": self._nvml.nvmlDeviceGetTemperature(self._card, self._nvml.NVML_TEMPERATURE_GPU)}
+                "temperature_celsius": self._nvml.nvmlDeviceGetTemperature(self._card, self._nvml.NVML_TEMPERATURE_GPU),
+                "power_watts": self._power()}
         except self._nvml.NVMLError as error:
             log.warning("card metrics failed: %s", shorten(error))
+            return None
+
+    def _power(self) -> float | None:
+        try:
+            return self._nvml.nvmlDeviceGetPowerUsage(self._card) / 1000
+        except self._nvml.NVMLError:  # not every card tells
             return None
 
 
@@ -3619,13 +3893,14 @@ class Engine:
 
     MAX_FAILURES = 3
 
-    def __init__(self, model: Llama, config: EngineConfig, num_blocks: int, eos_token_ids: Iterable[int]):
+    def __init__(self, model: Llama, config: EngineConfig, num_blocks: int, eos_token_ids: Iterable[int],
+                 model_name: str = ""):
         self.model, self.config, self.eos_token_ids = model, config, frozenset(eos_token_ids)
         self.blocks = BlockManager(num_blocks, config.block_size, not config.no_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings,
                                  num_blocks * config.block_size)
-        self.metrics = Metrics()
+        self.metrics = Metrics(model_name)
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
         self._runner = make_runner(model, config)
@@ -3641,8 +3916,8 @@ class Engine:
 
     # -- any thread
 
-    def submit(self, prompt_token_ids: Seq[int], params: SamplingParams, salt: bytes = b"", param: str = "prompt",
-               changed: threading.Condition | None = None, choice: int = 0,
+    def submit(self, prompt_token_ids: Seq[int], params: SamplingParams, tenant: Tenant = Tenant(),
+               param: str = "prompt", changed: threading.Condition | None = None, choice: int = 0,
                constraint: Constraint | None = None) -> Handle:
         """Queue a request. Raises APIError when it can never fit, the queue is full or the engine is ending.
 
@@ -3663,9 +3938,10 @@ class Engine:
             if self._closing:
                 raise UnavailableError("the engine is closed", code="shutting_down", headers={"Retry-After": "5"})
             if len(self.scheduler.waiting) >= self.config.max_queue:
+                wait = self.metrics.wait_s(len(self.scheduler.waiting)) or 1
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
-                                     f"{self.config.max_queue}; try again later", headers={"Retry-After": "1"})
-            seq = Sequence(self._next_id, prompt_token_ids, params, seed, salt, choice)
+                                     f"{self.config.max_queue}; try again later", headers=retry_after(wait))
+            seq = Sequence(self._next_id, prompt_token_ids, params, seed, tenant.salt, choice, tenant.name)
             seq.constraint = constraint
             ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids))
             seq.end_token_ids = frozenset(end for end in ends if end < self.model.config.vocab_size)
@@ -3719,6 +3995,14 @@ class Engine:
             with self.model.backend.on_device():
                 self.model.close()
 
+    def place(self, seq: Sequence) -> tuple[int, float | None] | None:
+        """While a sequence waits: how many are before it, and the seconds it will take, if that can be told."""
+        with self._lock:
+            if seq not in self.scheduler.waiting:
+                return None
+            position = self.scheduler.waiting.position(seq)
+            return position, self.metrics.wait_s(position)
+
     def snapshot(self) -> dict:
         """Counters and the state of queue and cache."""
         with self._lock:
@@ -3768,7 +4052,9 @@ class Engine:
         for seq in step.sequences:
             if len(seq.token_ids) == seq.num_prompt_tokens:
                 timing = self._handles[seq].timing
-                timing.started = timing.started or now
+                if timing.started is None:
+                    timing.started = now
+                    self.metrics.started(now)
         return step
 
     def _drop_aborted(self) -> None:
@@ -3807,7 +4093,7 @@ class Engine:
     def _update(self, flight: InFlight, drawn: list[Sampled | None]) -> None:
         """Record what was computed, fill in the tokens, end what has ended."""
         self._failures, size = 0, self.blocks.block_size
-        self.metrics.steps += 1
+        self.metrics.stepped(len(drawn))
         for seq, (start, stop), token in zip(flight.step.sequences, flight.spans, drawn):
             if seq not in self._handles:  # it ended while this step was in flight
                 continue
@@ -3941,6 +4227,7 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("web_search_options", "unsupported"), Field("prompt_cache_key", "unsupported"),
     Field("prompt_cache_retention", "unsupported"), Field("safety_identifier", "unsupported"),
 )}
+QUERY_FIELDS = {**CHAT_FIELDS, "api_key": Field("api_key", "string")}  # EventSource sends no headers
 COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("prompt", "any", neutral=()),
     Field("echo", "boolean"),
@@ -4764,6 +5051,171 @@ class CompletionReply(Reply):
 
 
 # ==============================================================================
+# Access -- who asks, and how much they may use; no sockets
+# uses: Errors, Settings, KV cache, API
+# ==============================================================================
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one client may use; None is no limit."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    max_concurrent_requests: int | None = None
+
+
+class Allowance:
+    """So much a minute: refills evenly, holds one minute's worth, may be overdrawn."""
+
+    def __init__(self, per_minute: int):
+        self.per_minute, self._level, self._at = per_minute, float(per_minute), time.monotonic()
+
+    @property
+    def level(self) -> float:
+        """What is left now; below 0 when it was overdrawn."""
+        now = time.monotonic()
+        self._level = min(self.per_minute, self._level + (now - self._at) * self.per_minute / 60)
+        self._at = now
+        return self._level
+
+    def use(self, amount: float) -> None:
+        self._level = min(self.per_minute, self.level - amount)
+
+    def seconds_until(self, amount: float) -> float:
+        """How long until so much is there."""
+        return max(0.0, (amount - self.level) * 60 / self.per_minute)
+
+
+class Client:
+    """Someone who asks: a key, or an address where there are no keys. Counts what was used; any thread may ask it."""
+
+    def __init__(self, tenant: Tenant, limits: Limits):
+        self.tenant, self._max_running, self.num_running = tenant, limits.max_concurrent_requests, 0
+        rates = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
+        self._allowances = {what: Allowance(rate) for what, rate in rates.items() if rate is not None}
+        self._lock = threading.Lock()
+
+    def take(self, what: str, amount: int) -> int:
+        """Use so many requests or tokens, or raise RateLimitError; how many were taken: at most a minute's worth."""
+        allowance = self._allowances.get(what)
+        if allowance is None:
+            return 0
+        with self._lock:
+            amount = min(amount, allowance.per_minute)
+            if wait := allowance.seconds_until(amount):
+                raise self._refusal(f"{allowance.per_minute} {what} a minute are allowed and "
+                                    f"{max(0, int(allowance.level))} are left; {amount} are needed", wait)
+            allowance.use(amount)
+            return amount
+
+    def settle(self, taken: int, used: int) -> None:
+        """An answer for which tokens were taken used so many."""
+        if allowance := self._allowances.get("tokens"):
+            with self._lock:
+                allowance.use(used - taken)
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """While a request runs."""
+        with self._lock:
+            if self._max_running is not None and self.num_running >= self._max_running:
+                raise self._refusal(f"{self._max_running} requests at once are allowed", 1)
+            self.num_running += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.num_running -= 1
+
+    def _refusal(self, message: str, wait: float) -> RateLimitError:
+        return RateLimitError(f"rate limit: {message}; try again in {wait:.3g} s",
+                              headers={**retry_after(wait), "retry-after-ms": str(math.ceil(wait * 1000)),
+                                       **self._headers()})
+
+    def headers(self) -> dict[str, str]:
+        """The x-ratelimit headers, as OpenAI names them."""
+        with self._lock:
+            return self._headers()
+
+    def _headers(self) -> dict[str, str]:
+        headers = {}
+        for what, allowance in self._allowances.items():
+            headers |= {f"x-ratelimit-limit-{what}": str(allowance.per_minute),
+                        f"x-ratelimit-remaining-{what}": str(max(0, int(allowance.level))),
+                        f"x-ratelimit-reset-{what}": f"{allowance.seconds_until(allowance.per_minute):.3f}s"}
+        return headers
+
+
+KEY_FIELDS = {f.name: f for f in (
+    Field("name", "string"), Field("key", "string"), Field("requests_per_minute", "integer", 1, 10**9),
+    Field("tokens_per_minute", "integer", 1, 10**12), Field("max_concurrent_requests", "integer", 1, 10**6))}
+
+
+def read_key_file(path: str) -> Iterator[tuple[str, str, dict]]:
+    """(name, key, limits) of each entry of [{"name", "key", and any of the limits}]; SettingsError if it is none."""
+    try:
+        entries = parse_json(b'{"keys":' + Path(path).expanduser().read_bytes() + b"}")["keys"]
+        if not isinstance(entries, list) or not entries:
+            raise APIError("a list of keys is expected")
+        for index, entry in enumerate(entries):
+            if not isinstance(entry, dict) or not {"name", "key"} <= set(entry):
+                raise APIError(f"[{index}] must be an object with name and key")
+            given = check_fields(entry, KEY_FIELDS, f"[{index}].")
+            yield parse_text(given.pop("name", "")), parse_key(given.pop("key", "")), given
+    except (OSError, APIError) as error:
+        raise SettingsError(f"--api-key-file: {path}: {error}") from None
+    except ValueError as error:
+        raise SettingsError(f"--api-key-file: {path}: [{index}] is not allowed; it takes {error}") from None
+
+
+class Access:
+    """The clients: those of the keys, or one for each address where no keys are set."""
+
+    MAX_ADDRESSES = 4096  # remembered; whoever was silent for longest is forgotten
+
+    def __init__(self, config: ServerConfig):
+        self._limits = Limits(config.requests_per_minute, config.tokens_per_minute, config.max_concurrent_requests)
+        self._keys: dict[bytes, Client] = {}
+        self._addresses: dict[str, Client] = {}
+        self._lock = threading.Lock()
+        for index, key in enumerate(config.api_key, 1):
+            self._add(f"key-{index}", key, {})
+        for entry in read_key_file(config.api_key_file) if config.api_key_file else ():
+            self._add(*entry)
+
+    def _add(self, name: str, key: str, limits: dict) -> None:
+        digest = hashlib.sha256(key.encode()).digest()
+        if digest in self._keys or name in {client.tenant.name for client in self._keys.values()}:
+            raise SettingsError(f"--api-key, --api-key-file: the name or key of {shorten(name)} is given twice")
+        self._keys[digest] = Client(Tenant(name, digest), dataclasses.replace(self._limits, **limits))
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self._keys)
+
+    def client(self, key: str | None, address: str) -> Client:
+        """Who asks; AuthenticationError for a missing or wrong key where keys are set."""
+        if not self._keys:
+            return self._by_address(address)
+        digest = hashlib.sha256((key or "").encode("utf-8", "replace")).digest()
+        found = [client for known, client in self._keys.items() if hmac.compare_digest(known, digest)]  # always all
+        if not found:
+            raise AuthenticationError("the API key is missing" if key is None else "the API key is wrong",
+                                      headers={"WWW-Authenticate": "Bearer"})
+        return found[0]
+
+    def _by_address(self, address: str) -> Client:
+        with self._lock:
+            client = self._addresses.pop(address, None) or Client(Tenant(address), self._limits)
+            self._addresses[address] = client  # the latest is last
+            if len(self._addresses) > self.MAX_ADDRESSES:
+                idle = next((name for name, other in self._addresses.items() if not other.num_running), None)
+                self._addresses.pop(idle, None)
+            return client
+
+
+# ==============================================================================
 # LLM -- a model with its engine, for programs: text in, text out
 # uses: everything above
 # ==============================================================================
@@ -4912,8 +5364,8 @@ class Group:
     """
 
     def __init__(self, llm: LLM, prompts: Seq[Seq[int]], params: SamplingParams, n: int = 1, param: str = "prompt",
-                 constraint: Constraint | None = None):
-        self._constraint = constraint
+                 constraint: Constraint | None = None, tenant: Tenant = Tenant()):
+        self._constraint, self._tenant = constraint, tenant
         seed = secrets.randbits(63) if params.seed is None else params.seed  # of all choices: their numbers differ
         self.n, self._llm, self._param = n, llm, param
         self._params, self._prompts = dataclasses.replace(params, seed=seed), prompts
@@ -4930,7 +5382,8 @@ class Group:
         prompt, choice = self._prompts[place // self.n], place % self.n
         constraint = self._constraint.copy() if self._constraint else None
         params = dataclasses.replace(self._params, prompt_logprobs=None) if choice else self._params
-        self.places[place] = self._llm.submit(prompt, params, self._param, self._changed, choice, constraint)
+        self.places[place] = self._llm.submit(prompt, params, self._param, self._changed, choice, constraint,
+                                              self._tenant)
         if self._aborted:  # while it was being queued
             self.abort()
 
@@ -4947,6 +5400,16 @@ class Group:
     @property
     def is_finished(self) -> bool:
         return len(self.finished) == len(self.places)
+
+    @property
+    def has_stops(self) -> bool:
+        """True when text may end an answer."""
+        return bool(self._params.stop)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens so far, each prompt's once."""
+        return sum(len(prompt) for prompt in self._prompts) + sum(len(answer.tokens) for answer in self.answers)
 
     def prompt_scores(self, place: int) -> list[Sampled]:
         """A prompt's tokens with their log-probabilities, the first without, where these were asked for."""
@@ -5056,7 +5519,7 @@ class LLM:
         model.load(checkpoint, functools.partial(progress, "loading"))
         num_blocks = count_kv_blocks(self.config, model, max_model_len)
         model.allocate_kv_cache(num_blocks)
-        self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids())
+        self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids(), self.name)
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.engine.eos_token_ids)
         self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters
         self.device_index, self.backend_name = backend.device_index, backend.name
@@ -5091,7 +5554,7 @@ class LLM:
 
     def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
                changed: threading.Condition | None = None, choice: int = 0,
-               constraint: Constraint | None = None) -> Answer:
+               constraint: Constraint | None = None, tenant: Tenant = Tenant()) -> Answer:
         """Queue one prompt: text, a list of token ids, or vLLM's {"prompt_token_ids": [...]}."""
         if isinstance(prompt, dict):
             prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
@@ -5100,8 +5563,7 @@ class LLM:
                 f'{param} is {shorten(prompt)}; it must be text, token ids or {{"prompt_token_ids": [...]}}', param)
         prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        handle = self.engine.submit(token_ids, params, param=param, changed=changed, choice=choice,
-                                    constraint=constraint)
+        handle = self.engine.submit(token_ids, params, tenant, param, changed, choice, constraint)
         return Answer(self.tokenizer, handle)
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
@@ -5155,17 +5617,26 @@ class LLM:
 
 # ==============================================================================
 # Server -- routes, SSE, limits, CORS, shutdown; no model knowledge
-# uses: Errors, Settings, Metrics, API, LLM
+# uses: Errors, Settings, Metrics, API, Access, LLM
 # ==============================================================================
 
 MAX_HEAD, MAX_LINE, MAX_BODY, MAX_REST, MAX_HEADERS = 32 << 10, 8 << 10, 4 << 20, 256 << 10, 100  # bytes; a count
-HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT, SEND_TIMEOUT = 10.0, 20.0, 75.0, 20.0  # seconds, of whole phases
+HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT = 10.0, 20.0, 75.0  # seconds, of whole phases
 REST_TIMEOUT, LINGER_TIMEOUT = 5.0, 15.0  # seconds, to read unwanted input away: before a next request, before closing
 PING_INTERVAL = 5.0  # seconds of silence before an open stream gets a comment
+PLACE_INTERVAL = 1.0  # seconds between two comments that tell a waiting stream its place in the queue
+EXPOSED_HEADERS = ", ".join(["x-request-id", "Server-Timing", "Retry-After", *(
+    f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset"))])
+OPEN_PATHS = ("/", "/health", "/ready")  # for everybody, whatever keys are set
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % TOKEN)
 SINGLE_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "origin", "expect", "authorization"}
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+def is_loopback(host: str) -> bool:
+    return host in LOOPBACK or host.startswith("127.")
 
 
 class HTTPError(APIError):
@@ -5376,6 +5847,18 @@ class Watcher:
                 return False
 
 
+def shake_hands(connection: ssl.SSLSocket, deadline: float) -> None:
+    """TLS' handshake, by a deadline however slowly the client's bytes come."""
+    connection.setblocking(False)
+    while True:
+        try:
+            return connection.do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
+            readers, writers = ([connection], []) if isinstance(wanted, ssl.SSLWantReadError) else ([], [connection])
+            if not any(select.select(readers, writers, [], max(0.0, deadline - time.monotonic()))):
+                raise TimeoutError from None
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, calls their route, writes answers. The parsing of the base class is not used."""
 
@@ -5384,6 +5867,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        self.write_timeout = self.server.owner.config.write_timeout
         self.reader = HTTPReader(self.connection)
         self.busy, self.since = False, time.monotonic()
         self.server.owner.connections.add(self)
@@ -5394,6 +5878,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def handle(self) -> None:
         owner: Server = self.server.owner
         try:
+            if isinstance(self.connection, ssl.SSLSocket):
+                shake_hands(self.connection, time.monotonic() + HEAD_TIMEOUT)
             while self._handle_one(owner):
                 if owner.draining:
                     break
@@ -5404,7 +5890,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """One request and its answer; False when the connection ends with it."""
         self.busy, self.since = False, time.monotonic()
         self.http, self.body_read, self.head_sent, self.must_close = None, False, False, False
-        self.request_id, self.status, self.note = secrets.token_hex(8), 0, ""
+        self.request_id, self.status, self.facts = secrets.token_hex(8), 0, {}
+        self.client: Client | None = None  # once it is known who asks
         self.reader.wait(IDLE_TIMEOUT)
         started = self.since = time.monotonic()
         try:
@@ -5415,7 +5902,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         except APIError as error:
             self._answer_error(error)
         except (Disconnected, ConnectionError, TimeoutError):
-            self.note, self.must_close = f"{self.note} client left".strip(), True
+            self.facts["error"], self.must_close = "client_left", True
         except Exception as error:
             log.exception("request %s failed", self.request_id)
             shown = str(error) if isinstance(error, EngineError) else "internal error; the log has the details"
@@ -5434,11 +5921,15 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.request_id = given
 
     def _log_request(self, started: float) -> None:
-        quiet = self.http is not None and self.http.path in ("/health", "/ready")
+        quiet = self.http is not None and self.http.path in ("/health", "/ready", "/metrics")
         what = f"{shorten(self.http.method, 20)} {shorten(self.http.path, 80)}" if self.http else "bad request"
-        log.log(logging.DEBUG if quiet else logging.INFO, "request %s from %s: %s %s total=%.1fms%s", self.request_id,
-                self.client_address[0], what, self.status or "-", (time.monotonic() - started) * 1000,
-                " " + self.note if self.note else "")
+        facts = {"total_ms": round((time.monotonic() - started) * 1000, 1), **self.facts}
+        plain = lambda value: isinstance(value, str) and re.fullmatch(r"[\w.,-]+", value, re.ASCII)
+        shown = " ".join(f"{name}={value if plain(value) else json.dumps(value)}" for name, value in facts.items())
+        log.log(logging.DEBUG if quiet else logging.INFO, "request %s from %s: %s %s %s", self.request_id,
+                self.client_address[0], what, self.status or "-", shown,
+                extra={"facts": {"request_id": self.request_id, "address": self.client_address[0], "request": what,
+                                 "status": self.status or None, **facts}})
 
     # -- reading
 
@@ -5450,7 +5941,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                              f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
         expected = request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1)
         if expected and not self.reader.buffer:
-            self.connection.settimeout(SEND_TIMEOUT)
+            self.connection.settimeout(self.write_timeout)
             self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             size = request.content_length
@@ -5519,7 +6010,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     # -- writing
 
     def _send(self, data: bytes) -> None:
-        self.connection.settimeout(SEND_TIMEOUT)
+        self.connection.settimeout(self.write_timeout)
         self.connection.sendall(data)
 
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
@@ -5528,6 +6019,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         keep = keep and not self.server.owner.draining
         self.must_close = not keep
         every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **headers,
+                 **(self.client.headers() if self.client else {}),
                  **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})}
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
                  *(f"{name}: {value}" for name, value in every.items())]
@@ -5546,7 +6038,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.respond(status, json.dumps(value).encode(), headers=headers)
 
     def _answer_error(self, error: APIError) -> None:
-        self.note = f"{self.note} error={error.code}".strip()
+        self.facts["error"] = error.code
+        self.server.owner.count_error(error.code)
         if error.status >= 500:
             log.error("request %s: %s", self.request_id, error)
         self.must_close = self.must_close or isinstance(error, HTTPError)
@@ -5602,8 +6095,8 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     daemon_threads, block_on_close, request_queue_size, allow_reuse_address = True, False, 1024, True
 
-    def __init__(self, owner: Server, host: str, port: int, max_connections: int):
-        self.owner, self._max_connections = owner, max_connections
+    def __init__(self, owner: Server, host: str, port: int, max_connections: int, tls: ssl.SSLContext | None):
+        self.owner, self._max_connections, self._tls = owner, max_connections, tls
         self._open, self._lock = 0, threading.Lock()  # accepted and not yet closed
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = family
@@ -5615,7 +6108,10 @@ class HTTPServer(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> tuple[socket.socket, Any]:
         try:
-            return super().get_request()
+            connection, address = super().get_request()
+            if self._tls:  # the handshake is for the connection's own thread
+                connection = self._tls.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+            return connection, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # the accept loop would spin until a file is closed
                 time.sleep(0.05)
@@ -5648,6 +6144,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
     def _refuse(self, request: socket.socket) -> None:
         """Answer 503 without a thread, and without waiting for the client."""
         error = UnavailableError(f"all {self._max_connections} connections are in use", code="too_many_connections")
+        self.owner.count_error(error.code)
         body = json.dumps(error.body())
         headers = {
             "Date": email.utils.formatdate(usegmt=True), "x-request-id": secrets.token_hex(8), "Retry-After": 1,
@@ -5666,39 +6163,103 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         log.exception("connection of %s failed", client_address[0])
 
 
+class Job:
+    """One request that generates: who is answered, with what, since when and for how long."""
+
+    def __init__(self, handler: RequestHandler, group: Group, since: float, timeout: float | None):
+        self.handler, self.group, self.since, self.timeout, self.cancelled = handler, group, since, timeout, False
+
+    def time_left(self, most: float) -> float | None:
+        """Seconds to wait: what is left of the request's time, at most `most`; None for ever."""
+        left = math.inf if self.timeout is None else max(0.0, self.since + self.timeout - time.monotonic())
+        return None if min(left, most) == math.inf else min(left, most)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.group.abort()
+
+    def describe(self, engine: Engine) -> dict:
+        """Ids, ages and sizes; never text."""
+        sequences = [answer.handle.seq for answer in self.group.answers]
+        place = engine.place(sequences[0])
+        return {"id": self.handler.request_id, "state": "waiting" if place else "running",
+                "position": place[0] if place else None, "age_seconds": round(time.monotonic() - self.since, 3),
+                "prompt_tokens": sum(seq.num_prompt_tokens for seq in sequences[:: self.group.n]),
+                "completion_tokens": sum(max(0, seq.num_output_tokens) for seq in sequences),
+                "kv_blocks": sum(len(seq.block_table) for seq in sequences)}
+
+
+def describe_place(position: int, wait: float | None) -> bytes:
+    """A comment for a stream whose request waits."""
+    estimate = "" if wait is None else f", about {wait:.0f} s"
+    return f": waiting, {position} before this one{estimate}\n\n".encode()
+
+
 class Server:
     """The HTTP server of one LLM, inside any program; it serves from construction until `stop` (or use `with`).
 
-    llm may be None and set later through `attach`: until then /ready says 503. port 0 picks a free port; `port` and
-    `url` tell which. Raises OSError if the address cannot be bound. The LLM stays the caller's to close.
+    llm may be None and set later through `attach`: until then /ready says 503. Keyword options are ServerConfig's
+    fields; port 0 picks a free one, and `port` and `url` tell which. Raises OSError if the address cannot be bound,
+    SettingsError for an option that is not allowed. The LLM stays the caller's to close.
     """
 
-    def __init__(self, llm: LLM | None = None, *, host: str = "127.0.0.1", port: int = 8000, cors_origins: str = "*",
-                 max_connections: int = 400):
-        self._llm, self.draining, self._cors = llm, False, {origin.strip() for origin in cors_origins.split(",")}
+    def __init__(self, llm: LLM | None = None, **options: Any):
+        check_options(options, ServerConfig, "option")
+        self.config = config = ServerConfig(**options)
+        self._llm, self.draining = llm, False
+        self._cors = {origin.strip() for origin in config.cors_origins.split(",")}
+        self._access = Access(config)
+        names = [*LOOPBACK, config.host, *(config.allowed_hosts or "").split(",")]
+        self._hosts = {name.strip(" []").lower() for name in names}
+        self._guarded = is_loopback(config.host) and not self._access.has_keys and "*" not in self._hosts
+        self._lock = threading.Lock()
         self.connections: set[RequestHandler] = set()
-        self._groups: set[Group] = set()
-        self._probe = MachineProbe(self._card_index(llm))
-        self._http = HTTPServer(self, host, port, max_connections)
+        self.errors: Counter[str] = Counter()  # answers by code
+        self._jobs: set[Job] = set()
+        self._http = HTTPServer(self, config.host, config.port, config.max_connections, self._tls_context())
         self._watcher = Watcher()
-        self.host, self.port = host, self._http.server_port
+        self.host, self.port = config.host, self._http.server_port
+        self.attach(llm)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="rustinfer-http",
                                         daemon=True)
         self._thread.start()
 
+    def _tls_context(self) -> ssl.SSLContext | None:
+        if self.config.ssl_certfile is None:
+            if self.config.ssl_keyfile is not None:
+                raise SettingsError("--ssl-keyfile: needs --ssl-certfile")
+            return None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        try:
+            context.load_cert_chain(self.config.ssl_certfile, self.config.ssl_keyfile, password=lambda: "")
+        except OSError as error:  # an SSLError is one
+            raise SettingsError(f"--ssl-certfile, --ssl-keyfile: cannot be used: {shorten(str(error))}") from None
+        return context
+
+    @property
+    def has_keys(self) -> bool:
+        """True when clients need a key."""
+        return self._access.has_keys
+
     @property
     def url(self) -> str:
         shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
-        return f"http://[{shown}]:{self.port}" if ":" in shown else f"http://{shown}:{self.port}"
+        scheme = "https" if self.config.ssl_certfile else "http"
+        return f"{scheme}://[{shown}]:{self.port}" if ":" in shown else f"{scheme}://{shown}:{self.port}"
 
-    def attach(self, llm: LLM) -> None:
+    def count_error(self, code: str) -> None:
+        with self._lock:
+            self.errors[code] += 1
+
+    def attach(self, llm: LLM | None) -> None:
         """The model is loaded: answer requests."""
-        self._probe = MachineProbe(self._card_index(llm))
+        self._probe = MachineProbe(llm.device_index if llm else None)
+        self._registry = prometheus_client.CollectorRegistry()
+        prometheus_client.ProcessCollector(registry=self._registry)
+        if llm:
+            self._registry.register(EngineCollector(llm.name, llm.engine.snapshot, self._probe.card, self.errors))
         self._llm = llm
-
-    @staticmethod
-    def _card_index(llm: LLM | None) -> int | None:
-        return llm.device_index if llm else None
 
     def __enter__(self) -> Server:
         return self
@@ -5713,8 +6274,8 @@ class Server:
         self.draining = True
         deadline = time.monotonic() + drain_timeout
         self._wait(lambda: not self._busy() or time.monotonic() > deadline)
-        for group in list(self._groups):
-            group.abort()
+        for job in list(self._jobs):
+            job.group.abort()
         self._wait(lambda: not self._busy() or time.monotonic() > deadline + 2)  # they write their last event
         http_server, self._http = self._http, None
         http_server.shutdown()
@@ -5737,6 +6298,9 @@ class Server:
 
     def route(self, handler: RequestHandler) -> None:
         path, method = handler.http.path, handler.http.method
+        self._check_host(handler.http)
+        if method != "OPTIONS" and path not in OPEN_PATHS:
+            handler.client = self._identify(handler)
         table = {
             "/health": {"GET": self._health}, "/ready": {"GET": self._ready}, "/v1/metrics": {"GET": self._metrics},
             "/v1/models": {"GET": self._models}, "/": {"GET": self._page},
@@ -5744,9 +6308,11 @@ class Server:
             "/v1/completions": {"POST": self._completions}, "/version": {"GET": self._version},
             "/tokenize": {"POST": self._tokenize}, "/detokenize": {"POST": self._detokenize},
             "/apply-template": {"POST": self._apply_template}, "/v1/capabilities": {"GET": self._capabilities},
-            "/openapi.json": {"GET": self._openapi},
+            "/openapi.json": {"GET": self._openapi}, "/metrics": {"GET": self._prometheus},
+            "/v1/queue": {"GET": self._queue},
         }
-        routes = {"GET": self._model} if path.startswith("/v1/models/") else table.get(path)
+        trees = {"/v1/models/": {"GET": self._model}, "/v1/queue/": {"DELETE": self._cancel}}
+        routes = table.get(path) or next((found for tree, found in trees.items() if path.startswith(tree)), None)
         if method == "OPTIONS" and (routes or path == "*"):
             return self._options(handler, routes or {})
         if routes is None:
@@ -5756,7 +6322,31 @@ class Server:
             raise APIError(f"{shorten(path)} does not take {shorten(method, 40)}", status=405,
                            code="method_not_allowed",
                            headers={"Allow": self._allow(routes)})
+        if method == "POST" or action == self._chat_by_query:
+            handler.client.take("requests", 1)
         action(handler)
+
+    def _check_host(self, request: HTTPRequest) -> None:
+        """On a loopback address without keys: a web page whose name was made to mean this machine is not for us."""
+        host = re.sub(r":[0-9]*\Z", "", request.headers.get("host", "")).strip("[]").lower()
+        if self._guarded and host and host not in self._hosts:
+            raise APIError(f"the Host header is {shorten(host)!r}, which is not this server; --allowed-hosts takes "
+                           "more names", status=403, code="invalid_host")
+
+    def _identify(self, handler: RequestHandler) -> Client:
+        """Who asks. EventSource cannot send headers: the route made for it, and no other, takes a key in the query."""
+        request, key = handler.http, None
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            key = token.strip()
+        elif "x-api-key" in request.headers:
+            key = request.headers["x-api-key"]
+        elif request.path == "/v1/chat/completions" and request.method in ("GET", "HEAD"):
+            key = dict(urllib.parse.parse_qsl(request.query, max_num_fields=None)).get("api_key")
+        client = self._access.client(key, handler.client_address[0])
+        if self._access.has_keys:
+            handler.facts["key"] = client.tenant.name
+        return client
 
     @staticmethod
     def _allow(routes: dict) -> str:
@@ -5769,7 +6359,7 @@ class Server:
         else:
             origin = request.headers.get("origin") if request else None
             allowed = {"Vary": "Origin", **({"Access-Control-Allow-Origin": origin} if origin in self._cors else {})}
-        return {**allowed, "Access-Control-Expose-Headers": "x-request-id, Server-Timing"}
+        return {**allowed, "Access-Control-Expose-Headers": EXPOSED_HEADERS}
 
     def _options(self, handler: RequestHandler, routes: dict) -> None:
         allow = self._allow(routes)
@@ -5790,6 +6380,11 @@ class Server:
     def _metrics(self, handler: RequestHandler) -> None:
         engine = {"engine": self._llm.engine.snapshot()} if self._llm else {}
         handler.respond_json({**self._probe.snapshot(), **engine})
+
+    def _prometheus(self, handler: RequestHandler) -> None:
+        histograms = [self._llm.engine.metrics.registry] if self._llm else []
+        body = b"".join(map(prometheus_client.generate_latest, (self._registry, *histograms)))
+        handler.respond(200, body, "text/plain; version=0.0.4; charset=utf-8")
 
     def _page(self, handler: RequestHandler) -> None:
         folder = find_data("web")
@@ -5837,7 +6432,8 @@ class Server:
     def _chat_by_query(self, handler: RequestHandler) -> None:
         """For EventSource, which can only GET: the body's fields as query parameters, streaming unless told not to."""
         llm = self._ready_llm()
-        values = {"stream": True, **parse_query(handler.http.query, CHAT_FIELDS)}
+        values = {"stream": True, **parse_query(handler.http.query, QUERY_FIELDS)}
+        values.pop("api_key", None)
         self._answer_chat(handler, llm, parse_chat(values, llm.default_params))
 
     def _answer_chat(self, handler: RequestHandler, llm: LLM, request: GenerationRequest) -> None:
@@ -5864,38 +6460,50 @@ class Server:
     def _generate(self, handler: RequestHandler, llm: LLM, request: GenerationRequest, prompts: Seq[Seq[int]],
                   param: str, make_reply: Callable[..., Reply]) -> None:
         """Run the prompts and answer, whole or in events; whatever happens, nothing of them runs on."""
-        named = {"user": shorten(request.user, 64)} if request.user else {}
-        named |= {"metadata": request.metadata} if request.metadata else {}
-        handler.note = " ".join(f"{name}={json.dumps(value)}" for name, value in named.items())
+        handler.facts |= {"user": shorten(request.user, 64)} if request.user else {}
+        handler.facts |= {"metadata": request.metadata} if request.metadata else {}
         constraint = llm.grammars.compile(request.structure) if request.structure else None
-        group = Group(llm, prompts, request.params, request.n, param, constraint)
-        self._groups.add(group)
+        most = request.params.max_tokens or llm.config.max_tokens
+        client, used = handler.client, 0
+        with client.running():
+            taken = client.take("tokens", sum(map(len, prompts)) + len(prompts) * request.n * most)
+            try:
+                group = Group(llm, prompts, request.params, request.n, param, constraint, client.tenant)
+                try:
+                    with self._job(handler, group) as job:
+                        reply = functools.partial(make_reply, group, llm.name, request.include_usage)
+                        (self._stream if request.stream else self._complete)(job, llm, reply)
+                finally:
+                    used = group.num_tokens
+            finally:
+                client.settle(taken, used)
+
+    @contextlib.contextmanager
+    def _job(self, handler: RequestHandler, group: Group) -> Iterator[Job]:
+        """While a request runs it can be seen and cancelled, and its client is watched; nothing of it runs on after."""
+        job = Job(handler, group, time.monotonic(), self.config.request_timeout)
+        self._jobs.add(job)
         self._watcher.add(handler.connection, group.abort)
         try:
-            if request.stream:
-                self._stream(handler, llm, group, lambda: make_reply(group, llm.name, request.include_usage))
-            else:
-                self._complete(handler, request, group, lambda: make_reply(group, llm.name))
+            yield job
         finally:
             self._watcher.discard(handler.connection)
-            self._groups.discard(group)
+            self._jobs.discard(job)
             group.abort()
-            handler.note = f"{handler.note} {self._describe(group)}".strip()
+            handler.facts |= self._describe(group)
 
-    def _complete(self, handler: RequestHandler, request: GenerationRequest, group: Group,
-                  make_reply: Callable[[], Reply]) -> None:
-        rarely = 8 if request.params.stop else 1 << 31  # only stop strings need a look before the end
+    def _complete(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
+        group = job.group
+        rarely = 8 if group.has_stops else 1 << 31  # only stop strings need a look before the end
         while not group.is_finished:
-            group.advance(at_least=rarely)
-            self._check_running(group)
-        handler.respond_json(make_reply().whole(), headers={"Server-Timing": server_timing(group)})
+            group.advance(job.time_left(math.inf), at_least=rarely)
+            self._check_running(job)
+        job.handler.respond_json(make_reply().whole(), headers={"Server-Timing": server_timing(group)})
 
-    def _stream(self, handler: RequestHandler, llm: LLM, group: Group, make_reply: Callable[[], Reply]) -> None:
+    def _stream(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
-        interval, ended = llm.config.stream_interval, set()
-        parts = group.advance(PING_INTERVAL)
-        self._check_running(group)  # before the first byte an error has a status of its own
-        handler.start_stream()
+        handler, group, interval, ended = job.handler, job.group, llm.config.stream_interval, set()
+        parts = self._wait_for_first(job, llm)
         reply = make_reply()
         events, written = reply.first_events(), time.monotonic()
         while True:
@@ -5909,17 +6517,61 @@ class Server:
             if events or woken - written >= PING_INTERVAL:
                 written = woken
                 handler.write_stream(events or b": ping\n\n")
-            if group.answers[0].tokens:
-                time.sleep(max(0.0, interval - (time.monotonic() - woken)))
-            parts, events = group.advance(PING_INTERVAL), b""
-            self._check_running(group)
+            time.sleep(max(0.0, interval - (time.monotonic() - woken)))
+            parts, events = group.advance(job.time_left(PING_INTERVAL)), b""
+            self._check_running(job)
         handler.write_stream(events + reply.last_events())
         handler.end_stream()
 
-    def _check_running(self, group: Group) -> None:
-        """An aborted answer has no client, or the server is ending."""
-        if any(answer.finish_reason == "abort" for answer in group.answers):
+    def _wait_for_first(self, job: Job, llm: LLM) -> list[tuple[int, str, list[Sampled]]]:
+        """The first tokens, with the stream open; while the request waits, comments tell its place in the queue."""
+        group, told = job.group, time.monotonic()
+        parts = group.advance(job.time_left(PLACE_INTERVAL))
+        self._check_running(job)  # before the first byte an error has a status of its own
+        job.handler.start_stream()
+        while not parts and not group.is_finished:
+            place = llm.engine.place(group.answers[0].handle.seq)
+            if place or time.monotonic() - told >= PING_INTERVAL:
+                told = time.monotonic()
+                job.handler.write_stream(describe_place(*place) if place else b": ping\n\n")
+            parts = group.advance(job.time_left(PLACE_INTERVAL))
+            self._check_running(job)
+        return parts
+
+    def _check_running(self, job: Job) -> None:
+        """An aborted answer has no client, or was cancelled, or the server is ending."""
+        if job.cancelled:
+            raise APIError("the request was cancelled", status=409, code="cancelled",
+                           headers={"x-should-retry": "false"})
+        if not job.group.is_finished and job.time_left(math.inf) == 0:
+            raise APIError(f"the request took longer than {job.timeout:g} s", status=408, code="request_timeout",
+                           headers={"x-should-retry": "false"})
+        if any(answer.finish_reason == "abort" for answer in job.group.answers):
             raise self._shutting_down() if self.draining else Disconnected
+
+    # -- the queue
+
+    def _own_jobs(self, handler: RequestHandler) -> list[Job]:
+        """Those of who asks, oldest first."""
+        own = [job for job in list(self._jobs) if job.handler.client is handler.client]
+        return sorted(own, key=lambda job: job.since)
+
+    def _queue(self, handler: RequestHandler) -> None:
+        """One's own requests, and how many there are of all; never text."""
+        engine = self._ready_llm().engine
+        jobs = [job.describe(engine) for job in self._own_jobs(handler)]
+        state = engine.snapshot()
+        handler.respond_json({"requests": jobs, "num_requests_running": state["num_requests_running"],
+                              "num_requests_waiting": state["num_requests_waiting"]})
+
+    def _cancel(self, handler: RequestHandler) -> None:
+        request_id = urllib.parse.unquote(handler.http.path.removeprefix("/v1/queue/"))
+        jobs = [job for job in self._own_jobs(handler) if job.handler.request_id == request_id]
+        if not jobs:
+            raise APIError(f"no request {shorten(request_id)!r} of yours is here", status=404, code="not_found")
+        for job in jobs:
+            job.cancel()
+        handler.respond_json({"id": request_id, "cancelled": True})
 
     # -- utilities
 
@@ -5976,14 +6628,15 @@ class Server:
         handler.respond_json({"prompt": llm.template.render(**parse_conversation(given))})
 
     @staticmethod
-    def _describe(group: Group) -> str:
+    def _describe(group: Group) -> dict[str, Any]:
+        """What the log tells of a request."""
         first = group.answers[0]
         seq, timing, reasons = first.handle.seq, first.handle.timing, [
             answer.finish_reason or answer.handle.finish_reason or "abort" for answer in group.answers]
-        return (f"prompt={seq.num_prompt_tokens} cached={seq.num_cached_tokens} "
-                f"completion={sum(len(answer.tokens) for answer in group.answers)} "
-                f"queue={timing.queue_s * 1000:.1f}ms first_token={timing.ttft_s * 1000:.1f}ms "
-                f"finish={','.join(reasons)}")
+        return {"prompt": seq.num_prompt_tokens, "cached": seq.num_cached_tokens,
+                "completion": sum(len(answer.tokens) for answer in group.answers),
+                "queue_ms": round(timing.queue_s * 1000, 1), "first_token_ms": round(timing.ttft_s * 1000, 1),
+                "finish": ",".join(reasons)}
 
 
 # ==============================================================================
@@ -6006,8 +6659,9 @@ def build_parser() -> argparse.ArgumentParser:
                            formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110))
     for setting in SETTINGS:
         switch = setting.parse is parse_switch
-        shown = "" if setting.default is None or switch else f" (default: {setting.default})"
+        shown = "" if setting.default in (None, ()) or switch else f" (default: {setting.default})"
         extra = {"action": "store_const", "const": "1"} if switch else {"metavar": setting.metavar}
+        extra |= {"action": "append"} if setting.repeatable else {}
         text = f"{setting.help}{shown} [{setting.variable}]".replace("%", "%%")
         parser.add_argument(setting.flag, help=text, **extra)
     parser.add_argument("--version", action="version", version=f"rustinfer {__version__}")
@@ -6025,16 +6679,28 @@ def read_settings(argv: Seq[str] | None, environment: dict[str, str]) -> dict[st
     return values
 
 
+class JSONFormatter(logging.Formatter):
+    """A record as one JSON object; a request's facts are members of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc)
+        facts = getattr(record, "facts", None)
+        error = {"traceback": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps({"time": moment.isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
+                           **(facts or {"message": record.getMessage()}), **error})
+
+
 class DroppingLogHandler(logging.Handler):
     """Writes records to a stream from its own thread; if nobody reads the stream they are dropped, never waited for."""
 
-    def __init__(self, stream: Any):
+    def __init__(self, stream: Any, form: str = "text"):
         super().__init__()
         self._queue: queue.Queue[str | None] = queue.Queue(10_000)
         self._stream = stream
         self._thread = threading.Thread(target=self._write, name="rustinfer-log", daemon=True)
         self._thread.start()
-        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        self.setFormatter(JSONFormatter() if form == "json" else
+                          logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
 
     def emit(self, record: logging.LogRecord) -> None:
         text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029]", lambda match: ascii(match.group())[1:-1],
@@ -6128,8 +6794,7 @@ def listen(settings: dict[str, Any]) -> Server:
     """The server on its address, without a model yet."""
     host, port = settings["host"], settings["port"]
     try:
-        return Server(None, host=host, port=port, cors_origins=settings["cors_origins"],
-                      max_connections=settings["max_connections"])
+        return Server(None, **{item.name: settings[item.name] for item in dataclasses.fields(ServerConfig)})
     except (socket.gaierror, UnicodeError):
         raise SettingsError(f"--host: {shorten(host)!r} is not allowed; "
                             "it takes a name or an address of this machine") from None
@@ -6148,6 +6813,8 @@ def serve(settings: dict[str, Any]) -> int:
         find_card(settings["device"])  # a card that is not there is told before anything starts
     try:
         server = listen(settings)
+        if not server.has_keys and not is_loopback(settings["host"]):
+            log.warning("no API key is set and %s can be reached from other machines; set --api-key", settings["host"])
         log.info("listening on %s, loading the model", server.url)
         llm = LLM(settings["model"], served_model_name=settings["served_model_name"], progress=Progress(), **config)
         llm.engine.on_death = shutdown.ask
@@ -6174,7 +6841,7 @@ def main(argv: Seq[str] | None = None) -> int:
     handler = None
     try:
         settings = read_settings(argv, os.environ)
-        handler = DroppingLogHandler(sys.stderr)
+        handler = DroppingLogHandler(sys.stderr, settings["log_format"])
         log.addHandler(handler)
         log.setLevel(settings["log_level"].upper())
         return serve(settings)

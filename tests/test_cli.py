@@ -25,6 +25,12 @@ REFUSED = {  # a value that each setting refuses, and what the message says is a
     "kv_cache_memory": ("4 giga", "a number of bytes such as 4GiB or 500MB"),
     "gpu_memory_utilization": ("1.5", "a number from 0.05 to 1"),
     "max_queue": ("0", "a whole number from 1"), "max_connections": ("0", "a whole number from 1"),
+    "api_key": ("secret", "8 to 512 printable ASCII characters"), "api_key_file": ("no/such", "a file that exists"),
+    "requests_per_minute": ("0", "a whole number from 1"), "tokens_per_minute": ("-1", "a whole number from 1"),
+    "max_concurrent_requests": ("x", "a whole number from 1"), "request_timeout": ("0", "a number from 0.001"),
+    "write_timeout": ("inf", "a number from 0.001"), "allowed_hosts": ("a:80", "* or names such as example.org"),
+    "ssl_certfile": ("no/such", "a file that exists"), "ssl_keyfile": ("no/such", "a file that exists"),
+    "log_format": ("xml", "one of text, json"),
     "stream_interval": ("nan", "a number from 0 to 10"),
     "drain_timeout": ("-1", "a number from 0"),
     "cors_origins": ("example.org", "* or origins such as https://example.org"),
@@ -34,6 +40,7 @@ REFUSED = {  # a value that each setting refuses, and what the message says is a
     "threads": ("0", "a whole number from 1 to 1024"),
     "no_batch_invariant": ("2", "1 or 0, true or false"),
     "enforce_eager": ("si", "1 or 0, true or false"), "no_pdl": ("never", "1 or 0, true or false")}
+FILES = (str(ROOT / "setup.cfg"), str(ROOT / "README.md"))
 SWITCHES = [setting for setting in SETTINGS if setting.parse is rustinfer.parse_switch]
 VALUED = [setting for setting in SETTINGS if setting.parse is not rustinfer.parse_switch]
 
@@ -81,11 +88,14 @@ class TestSettings:
             "model": ("owner/first", "owner/second"), "device": ("cpu", "cuda:1"), "block_size": ("8", "32"),
             "cors_origins": ("*", "https://a.example"), "log_level": ("debug", "error"),
             "cpu_kernels": ("off", "auto"), "weights": ("copy", "mmap"),
-            "kv_cache_memory": ("1GiB", "2GiB"), "gpu_memory_utilization": ("1", "1")}
+            "api_key": ("key-one-1", "key-two-2"), "log_format": ("json", "text"), "api_key_file": FILES,
+            "ssl_certfile": FILES, "ssl_keyfile": FILES, "kv_cache_memory": ("1GiB", "2GiB"),
+            "gpu_memory_utilization": ("1", "1")}
         first, second = ("1", "1") if switch else values.get(setting.name, ("5", "6"))
-        assert read_settings([], {setting.variable: first})[setting.name] == setting.parse(first)
+        kept = lambda text: (setting.parse(text),) if setting.repeatable else setting.parse(text)
+        assert read_settings([], {setting.variable: first})[setting.name] == kept(first)
         flag = [setting.flag] if switch else [setting.flag, second]
-        assert read_settings(flag, {setting.variable: first})[setting.name] == setting.parse(second)
+        assert read_settings(flag, {setting.variable: first})[setting.name] == kept(second)
 
     @pytest.mark.parametrize("setting", SWITCHES, ids=lambda setting: setting.name)
     def test_a_variable_may_turn_a_switch_off(self, setting):
@@ -106,7 +116,7 @@ class TestSettings:
         for setting in SETTINGS:
             assert f"{setting.flag} " in text and f"[{setting.variable}]" in text and re.sub(r"\s+", " ",
                                                                                              setting.help) in text
-            if setting.default is not None and setting not in SWITCHES:
+            if setting.default not in (None, ()) and setting not in SWITCHES:
                 assert f"(default: {setting.default}) [{setting.variable}]" in text
 
 

@@ -17,7 +17,7 @@ def blocks(language: str) -> list[str]:
 
 def setting_row(setting: rustinfer.Setting) -> str:
     flag = f"{setting.flag} {setting.metavar}".strip()
-    default = "" if setting.default is None else "off" if setting.default is False else setting.default
+    default = "" if setting.default in (None, ()) else "off" if setting.default is False else setting.default
     return f"| `{flag}` | `{setting.variable}` | {default} | {setting.help} |"
 
 

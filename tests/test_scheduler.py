@@ -17,11 +17,12 @@ class Simulation:
         self.budget, self.max_num_seqs, self.steps, self.live = budget, max_num_seqs, 0, []
         self.first_token, self.next_token = {}, 1000
 
-    def add(self, length, max_tokens=1000, token_ids=None):
+    def add(self, length, max_tokens=1000, token_ids=None, tenant=""):
         if token_ids is None:
             token_ids = range(self.next_token, self.next_token + length)
             self.next_token += length
-        seq = Sequence(len(self.first_token) + len(self.live), token_ids, SamplingParams(max_tokens=max_tokens), seed=0)
+        seq = Sequence(len(self.first_token) + len(self.live), token_ids, SamplingParams(max_tokens=max_tokens), seed=0,
+                       tenant=tenant)
         self.scheduler.add(seq)
         self.live.append(seq)
         return seq
@@ -323,3 +324,101 @@ def test_no_prompt_starves_under_a_stream_of_short_ones():
         run.step()
     waits = [run.first_token[seq] - step for seq, step in long[:8]]
     assert max(waits) < 250, waits
+
+
+# -- fair shares between tenants
+
+
+def test_a_newcomer_is_next_however_many_wait_before_it():
+    run = Simulation(max_num_seqs=4, budget=32)
+    crowd = [run.add(8, max_tokens=6, tenant="many") for _ in range(50)]
+    for _ in range(5):
+        run.step()
+    alone = run.add(8, max_tokens=3, tenant="one")
+    steps = run.steps
+    while alone not in run.first_token:
+        assert [seq for seq in crowd if seq.num_preemptions] == [] or run.steps - steps > Scheduler.PATIENCE
+        run.step()
+    assert run.first_token[alone] - steps <= Scheduler.PATIENCE + 1
+
+
+def test_if_no_place_frees_the_newest_of_the_tenant_most_over_its_share_makes_room():
+    run = Simulation(max_num_seqs=6, budget=64)
+    few = [run.add(8, tenant="few") for _ in range(2)]
+    many = [run.add(8, tenant="many") for _ in range(9)]
+    run.step()
+    assert len(run.scheduler.running) == 6
+    alone, steps = run.add(8, tenant="one"), run.steps
+    while alone not in run.scheduler.running:
+        run.step()
+    assert run.steps - steps == Scheduler.PATIENCE + 1
+    assert [seq for seq in few + many if seq.num_preemptions] == [many[3]]  # of the four that ran
+    for _ in range(30):
+        run.step()
+    assert many[3].num_preemptions == 1 and alone.num_preemptions == 0  # nobody is below a share of two that waits
+
+
+def test_equal_shares_are_reached_and_kept():
+    run = Simulation(max_num_seqs=8, budget=64)
+    for tenant, count in (("a", 30), ("b", 9), ("c", 5)):
+        for _ in range(count):
+            run.add(8, max_tokens=400, tenant=tenant)
+    for _ in range(60):
+        run.step()
+    counts = {tenant: sum(seq.tenant == tenant for seq in run.scheduler.running) for tenant in "abc"}
+    assert all(count >= 8 // 3 for count in counts.values()) and sum(counts.values()) == 8
+    preempted = run.scheduler.num_preemptions
+    for _ in range(100):
+        run.step()
+    assert run.scheduler.num_preemptions == preempted
+
+
+def test_served_tokens_decide_whose_turn_it_is():
+    run = Simulation(max_num_seqs=1, budget=64)
+    long = [run.add(40, max_tokens=1, tenant="long") for _ in range(3)]
+    short = [run.add(8, max_tokens=1, tenant="short") for _ in range(12)]
+    while run.live:
+        run.step()
+    order = sorted(run.first_token, key=run.first_token.get)
+    places = [order.index(seq) for seq in long]
+    assert [order.index(seq) for seq in short] == sorted(order.index(seq) for seq in short)
+    assert places == [0, 6, 12]  # about five short ones to a long one
+
+
+def test_a_tenant_who_comes_back_has_neither_debts_nor_savings():
+    run = Simulation(max_num_seqs=2, budget=64)
+    run.add(60, max_tokens=30, tenant="busy")
+    early = run.add(8, max_tokens=1, tenant="rare")
+    for _ in range(40):
+        run.step()
+    assert early in run.first_token and run.scheduler.waiting._served == {}
+    run.add(8, max_tokens=50, tenant="busy")
+    run.step()
+    rare = [run.add(8, max_tokens=1, tenant="rare") for _ in range(4)]
+    assert run.scheduler.waiting._served["rare"] == run.scheduler.waiting._served["busy"]
+    assert [run.scheduler.waiting.position(seq) for seq in rare] == [0, 1, 2, 3]
+
+
+def test_positions_count_those_who_have_their_turn_before():
+    run = Simulation(max_num_seqs=1)
+    run.add(8, tenant="a")
+    run.step()
+    first, second = [run.add(8, tenant="a") for _ in range(2)]
+    other = [run.add(8, tenant="b") for _ in range(5)]
+    assert [run.scheduler.waiting.position(seq) for seq in (first, second, other[0], other[4])] == [1, 3, 1, 6]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tenants_all_end_and_no_block_is_lost(seed):
+    rng = random.Random(seed)
+    run = Simulation(num_blocks=40, max_num_seqs=rng.choice([1, 3, 8]), budget=rng.choice([4, 16, 64]),
+                     prefix_caching=True)
+    for _ in range(200):
+        if rng.random() < 0.4:
+            run.add(rng.randrange(1, 60), rng.randrange(1, 30), tenant=rng.choice("abcd"))
+        if run.live and rng.random() < 0.05:
+            run.remove(rng.choice(run.live))
+        run.step()
+    while run.live:
+        run.step()
+    assert run.blocks.num_free == 40 and run.scheduler.waiting._served == {} and not run.scheduler.has_work

@@ -14,7 +14,7 @@ import pytest
 import rustinfer
 from harness import REFERENCES, ROOT, RawConnection, ServerProcess, chat_body, local_server, slowed, wait_for
 
-GET = b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n"
+GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 CHAT = chat_body(max_tokens=2, ignore_eos=True)
 MESSAGES = "%5B%7B%22role%22:%22user%22,%22content%22:%22x%22%7D%5D"
 ROUTES = ("/health", "/ready", "/v1/metrics", "/v1/models", "/v1/models/llama3-tied", "/v1/chat/completions", "/")
@@ -22,13 +22,13 @@ ROUTES = ("/health", "/ready", "/v1/metrics", "/v1/models", "/v1/models/llama3-t
 
 def get(*lines: str, target: str = "/health", version: str = "HTTP/1.1") -> bytes:
     """A GET with more header lines."""
-    return f"GET {target} {version}\r\nHost: h\r\n".encode() + "".join(f"{line}\r\n"
-                                                                       for line in lines).encode("latin-1") + b"\r\n"
+    head = "".join(f"{line}\r\n" for line in ("Host: localhost", *lines))
+    return f"GET {target} {version}\r\n{head}\r\n".encode("latin-1")
 
 
 def post(body: bytes, *lines: str, target: str = "/v1/chat/completions") -> bytes:
     """A POST whose framing is up to its header lines."""
-    head = "".join(f"{line}\r\n" for line in ("Host: h", "Content-Type: application/json", *lines))
+    head = "".join(f"{line}\r\n" for line in ("Host: localhost", "Content-Type: application/json", *lines))
     return f"POST {target} HTTP/1.1\r\n{head}\r\n".encode("latin-1") + body
 
 
@@ -179,23 +179,24 @@ class TestMethods:
 
 class TestFraming:
     @pytest.mark.parametrize("data", [
-        b"GET /health\r\n\r\n", b"GET  /health HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET /health  HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET /health HTTP/1.1 \r\nHost: h\r\n\r\n", b" GET /health HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET\t/health\tHTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET /hea lth HTTP/1.1\r\nHost: h\r\n\r\n", b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET /h\x00 HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"G(T /health HTTP/1.1\r\nHost: h\r\n\r\n", b"GET health HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET * HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"GET /health#a HTTP/1.1\r\nHost: h\r\n\r\n", b"GET ftp://h/health HTTP/1.1\r\nHost: h\r\n\r\n",
-        b"CONNECT h:443 HTTP/1.1\r\nHost: h\r\n\r\n",
+        b"GET /health\r\n\r\n", b"GET  /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health  HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/1.1 \r\nHost: localhost\r\n\r\n", b" GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET\t/health\tHTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /hea lth HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /h\xc3\xa9 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /h\x00 HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"G(T /health HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET * HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health#a HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET ftp://h/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"CONNECT h:443 HTTP/1.1\r\nHost: localhost\r\n\r\n",
         b"GET /health HTTP/1.1\nHost: h\n\n", b"GET /health HTTP/1.1\r\nHost: h\nX: y\r\n\r\n",
-        b"GET /health HTTP/1.1\rHost: h\r\r\n\r\n",
-        b"GET /health HTTPS/1.1\r\nHost: h\r\n\r\n", b"GET /health http/1.1\r\nHost: h\r\n\r\n",
-        b"GET /health HTTP/11.1\r\nHost: h\r\n\r\n",
+        b"GET /health HTTP/1.1\rHost: localhost\r\r\n\r\n",
+        b"GET /health HTTPS/1.1\r\nHost: localhost\r\n\r\n", b"GET /health http/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET /health HTTP/11.1\r\nHost: localhost\r\n\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n",
         b"GET /health HTTP/1.1\r\nHost:\r\n\r\n",
-        b"GET /health HTTP/1.1\r\nHost: a b\r\n\r\n", b"GET /health HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n"])
+        b"GET /health HTTP/1.1\r\nHost: a b\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n"])
     def test_a_broken_head_is_400_and_ends_the_connection(self, raw, data):
         refused(raw, data, 400, "invalid_value")
 
@@ -633,8 +634,9 @@ class TestLogging:
     def test_one_line_a_request_with_counts_and_times(self, tiny_server):
         tiny_server.request("POST", "/v1/chat/completions", CHAT, {"X-Request-ID": "log-1"})
         [line] = self.lines(tiny_server, "log-1")
-        assert re.search(r"INFO request log-1 from 127\.0\.0\.1: POST /v1/chat/completions 200 total=[\d.]+ms "
-                         r"prompt=\d+ cached=\d+ completion=2 queue=[\d.]+ms first_token=[\d.]+ms finish=length$", line)
+        assert re.search(r"INFO request log-1 from 127\.0\.0\.1: POST /v1/chat/completions 200 total_ms=[\d.]+ "
+                         r"prompt=\d+ cached=\d+ completion=2 queue_ms=[\d.]+ first_token_ms=[\d.]+ finish=length$",
+                         line)
 
     def test_errors_are_logged_with_their_code(self, tiny_server):
         tiny_server.request("POST", "/v1/chat/completions", {}, {"X-Request-ID": "log-2"})
