@@ -24,6 +24,7 @@ class LateRunner(ArrayRunner):
         self.num_ahead += self.in_flight == 2
         assert self.in_flight <= 2
         hidden = [seq for seq in step.sequences if seq.token_ids[-1] == PENDING]
+        assert not any(seq.constraint for seq in hidden)
         for seq in hidden:
             seq.token_ids[-1] = self.newest[seq]
         drawn = super().launch(step)
@@ -94,6 +95,28 @@ def test_tokens_after_a_stop_are_dropped(open_late):
     handle = llm.engine.submit(PROMPT, params)
     assert [token.token_id for token in handle] == whole[:wanted] and handle.finish_reason == "stop"
     assert handle.seq.token_ids == PROMPT + whole[:wanted] and handle.seq.num_output_tokens == wanted
+
+
+def masked_answers(llm):
+    """Five with a grammar, five with a least length, five free ones."""
+    grammar = llm.grammars.compile(rustinfer.Structure("regex", "[a-z]{3,20}", "x"))
+    stops, base = tuple(range(0, 250, 2)), dict(temperature=1.2, max_tokens=24, logprobs=1)
+    kinds = [(dict(), grammar), (dict(min_tokens=9, stop_token_ids=stops), None), (dict(ignore_eos=True), None)]
+    handles = [llm.engine.submit(PROMPT[number:], SamplingParams(seed=number, **base, **options),
+                                 constraint=constraint and constraint.copy())
+               for number in range(5) for options, constraint in kinds]
+    return [answer_of(handle) for handle in handles]
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_num_batched_tokens=16, max_num_seqs=4)], ids=["defaults", "few"])
+def test_a_grammar_waits_for_its_tokens_and_a_least_length_does_not(open_late, folder, options):
+    with rustinfer.LLM(folder, device="cpu") as llm:
+        expected = masked_answers(llm)
+    llm = open_late(**options)
+    assert masked_answers(llm) == expected and min(map(len, expected[1::3])) > 9
+    llm.engine._runner.num_ahead = 0
+    list(llm.engine.submit(PROMPT, SamplingParams(max_tokens=30, min_tokens=30)))
+    assert llm.engine._runner.num_ahead == 29
 
 
 def test_no_more_tokens_than_asked_for_are_computed(open_late):
