@@ -3362,7 +3362,7 @@ class CudaRunner:
         with self._backend.errors():
             seats = [self._sit(seq) for seq in step.sequences]
             complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in zip(*step)]
-            self._send_masks([pair for pair, draws in zip(zip(step.sequences, seats), complete) if draws])
+            self._send_masks(step, seats, complete)
             if all(map(self._can_decode, step.sequences, seats)):
                 self._launch_decode(seats)
                 drawn = range(len(seats))
@@ -3416,10 +3416,12 @@ class CudaRunner:
         if p.has_penalties:
             self._backend.reset_counts(seat, *seq.history)
 
-    def _send_masks(self, drawing: list[tuple[Sequence, Seat]]) -> None:
+    def _send_masks(self, step: Step, seats: list[Seat], complete: list[bool]) -> None:
         """Send what may come next where that changed: with a grammar always, else when min_tokens begins and ends."""
         masks, vocab_size = {}, self._model.config.vocab_size
-        for seq, seat in drawing:
+        for seq, seat, is_complete in zip(step.sequences, seats, complete):
+            if not is_complete or not (seq.constraint or seq.params.min_tokens):
+                continue
             wanted = seq.needs_mask
             if wanted and (seq.constraint or not seat.is_masked):
                 masks[seat.index] = allowed_tokens(seq, vocab_size)

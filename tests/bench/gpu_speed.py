@@ -190,8 +190,8 @@ class OpTimes:
         self.buffers.positions.fill(20)
         half = rustinfer.pack_bits(np.arange(self.c.vocab_size) % 2 == 0)
         ops.masks.send(dict.fromkeys(range(rows), half))
-        kinds = {"greedy": dict(temperature=0.0), "drawn": {}, "top-p": dict(top_p=0.9), "top-k": dict(top_k=50),
-                 "logprobs": dict(temperature=0.0, logprobs=5), "masked": {}}
+        kinds = {"greedy": dict(temperature=0.0), "drawn": {}, "masked": {}, "top-p": dict(top_p=0.9),
+                 "top-k": dict(top_k=50), "logprobs": dict(temperature=0.0, logprobs=5)}
         for kind, options in kinds.items():
             for row in range(rows):
                 params = SamplingParams(seed=row, **dict(temperature=1.0) | options)
