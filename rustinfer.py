@@ -1693,6 +1693,30 @@ class CudaStep:
     num_rows: int
 
 
+class SeatMasks:
+    """Which tokens may come next, a row of `pack_bits` for each seat: on the card, and pinned on the host.
+
+    A copy takes its turn in the stream, like a kernel: what is launched behind it sees it, captured or not.
+    """
+
+    def __init__(self, xp: Any, stream: Any, num_seats: int, vocab_size: int):
+        self._stream, shape = stream, (num_seats, -(-vocab_size // 32))
+        self.array = xp.zeros(shape, np.uint32)
+        self._memory = xp.cuda.alloc_pinned_memory(4 * math.prod(shape))
+        self._rows = np.frombuffer(self._memory, np.uint32, math.prod(shape)).reshape(shape)
+        self._sent = xp.cuda.Event(disable_timing=True)
+
+    def send(self, masks: dict[int, np.ndarray]) -> None:
+        """masks: {seat: (ceil(V / 32),) uint32}. Waits for earlier copies, which may still read what it writes to."""
+        if not masks:
+            return
+        self._sent.synchronize()
+        for seat, mask in masks.items():
+            self._rows[seat] = mask
+            self.array[seat].set(self._rows[seat], stream=self._stream)
+        self._sent.record(self._stream)
+
+
 class SeatState:
     """What the card knows of each seat, in one int32 array with named parts, so that one kernel changes any of it.
 
@@ -1799,7 +1823,7 @@ class CudaBackend(ArrayBackend):
         with contextlib.suppress(Exception):  # a lost card cannot be waited for
             self.stream.synchronize()
         self._upload = self.buffers = self.state = self.cos_sin = self._modules = self._kernels = None
-        self._ring = self.records = None
+        self._ring = self.records = self.masks = None
         super().close()
 
     # -- before the first step
@@ -1853,6 +1877,7 @@ class CudaBackend(ArrayBackend):
         self.buffers = SimpleNamespace(**{name: self.xp.zeros(*shape) for name, shape in shapes.items()})
         self.buffers.none_given.fill(-1)
         self.state = SeatState(self.xp, seats, self.max_blocks)
+        self.masks = SeatMasks(self.xp, self.stream, seats, c.vocab_size)
         self._ring = self.xp.cuda.alloc_pinned_memory(self.RING * rows * self.RECORD * 4)  # kernels write to it
         records = np.frombuffer(self._ring, np.int32, self.RING * rows * self.RECORD)
         self.records = records.reshape(self.RING, rows, self.RECORD)
@@ -1996,10 +2021,10 @@ class CudaBackend(ArrayBackend):
         parts = [state.part(name) for name in ("floats", "ints", "bias_ids", "bias_values")]
         rows_of = (b.slices, b.logits, step.row_seats)
         self._launch("sample", "sample_scan", (-(-self._num_slices // 8), rows), 256, *rows_of, *parts, b.counts,
-                     state.num_seats)
+                     self.masks.array, state.num_seats)
         self._launch("sample", "sample_draw", (rows,), 512, np.uint64(self._ring.ptr), b.ring, b.sample_ticket,
                      state.part("last_token"), state.part("next_position"), b.counts, *rows_of, step.rows, b.positions,
-                     *parts, state.num_seats, self.records.shape[1])
+                     *parts, self.masks.array, state.num_seats, self.records.shape[1])
 
     def reset_counts(self, seat: int, prompt: list[int], output: list[int]) -> None:
         """Count a sequence's tokens anew, for its penalties."""
@@ -2846,6 +2871,13 @@ class Structure(NamedTuple):
     param: str
 
 
+def pack_bits(allowed: np.ndarray) -> np.ndarray:
+    """(n,) bool -> (ceil(n / 32),) uint32, the lowest bit first; 0 behind the last."""
+    words, packed = np.zeros(-(-len(allowed) // 32), np.uint32), np.packbits(allowed, bitorder="little")
+    words.view(np.uint8)[: len(packed)] = packed
+    return words
+
+
 class Constraint:
     """The state of one answer in its grammar. One thread at a time uses it."""
 
@@ -2855,16 +2887,18 @@ class Constraint:
     def copy(self) -> Constraint:
         return Constraint(self._matcher.deep_copy(), self._vocab_size)
 
-    def mask(self) -> np.ndarray:
-        """(V,) bool, True for the tokens that may come next; all where the matcher fails: `accept` refuses any then."""
+    def bits(self) -> np.ndarray:
+        """The tokens that may come next, as `pack_bits`; all where the matcher fails: `accept` refuses any then."""
         try:
-            bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
+            found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
         except Exception as error:  # of one request: the others in this step go on
             log.error("a grammar failed: %s", shorten(error))
-            self._failed, bits = True, np.ones(self._vocab_size, np.uint8)
-        mask = np.zeros(self._vocab_size, bool)
-        mask[: len(bits)] = bits[: self._vocab_size]
-        return mask
+            self._failed = True
+            return pack_bits(np.ones(self._vocab_size, bool))
+        bits = np.zeros(-(-self._vocab_size // 32), np.uint32)
+        bits[: len(found)] = found[: len(bits)]
+        bits[-1] &= np.uint32(0xFFFFFFFF >> -self._vocab_size % 32)
+        return bits
 
     def accept(self, token_id: int) -> bool:
         """Goes on behind a token; False when the grammar cannot."""
@@ -2995,6 +3029,7 @@ class Sequence:
 
     @property
     def needs_mask(self) -> bool:
+        """True when not every token may come next; a pending token counts as put out."""
         return self.constraint is not None or self.num_output_tokens < self.params.min_tokens
 
     @property
@@ -3282,8 +3317,13 @@ class Scheduler:
         return len(seq.token_ids) > len(seq.block_table) * self.blocks.block_size and not seq.is_full
 
     def can_look_ahead(self) -> bool:
-        """True when the next step needs no token that is pending: nobody can be admitted or must be preempted."""
+        """True when the next step needs no token that is pending.
+
+        Nobody can be admitted or must be preempted then, and no grammar is to go on behind such a token.
+        """
         if self.waiting and (len(self.running) < self.max_num_seqs or self._num_held >= self.PATIENCE):
+            return False
+        if any(seq.constraint and seq.token_ids[-1] == PENDING and not seq.is_full for seq in self.running):
             return False
         return sum(map(self._lacks_block, self.running)) <= self.blocks.num_free
 
@@ -3569,6 +3609,17 @@ def prepare_batch(step: Step, block_size: int) -> Batch:
         logits_indices=np.concatenate(((ends - 1)[computed + counts == lengths], np.array(scored, np.int64))))
 
 
+def allowed_tokens(seq: Sequence, vocab_size: int) -> np.ndarray:
+    """What the grammar allows, and no end before its time unless the grammar has come to its own; as `pack_bits`."""
+    allowed = seq.constraint.bits() if seq.constraint else pack_bits(np.ones(vocab_size, bool))
+    if seq.num_output_tokens < seq.params.min_tokens:
+        ends = np.zeros(vocab_size, bool)
+        ends[list(seq.end_token_ids)] = True
+        later = allowed & ~pack_bits(ends)
+        allowed = later if later.any() else allowed
+    return allowed
+
+
 class ArrayRunner:
     """Computes a step at once, by array expressions."""
 
@@ -3599,13 +3650,10 @@ class ArrayRunner:
             seq.prompt_scores.append(score)
 
     def _mask(self, seq: Sequence) -> np.ndarray:
-        """(V,) bool: what the grammar allows, and no end before its time unless the grammar has come to its own."""
-        mask = seq.constraint.mask() if seq.constraint else np.ones(self._model.config.vocab_size, bool)
-        if seq.num_output_tokens < seq.params.min_tokens:
-            later = mask.copy()
-            later[list(seq.end_token_ids)] = False
-            mask = later if later.any() else mask
-        return mask
+        """(V,) bool, as the sampler takes it."""
+        vocab_size = self._model.config.vocab_size
+        allowed = allowed_tokens(seq, vocab_size).view(np.uint8)
+        return np.unpackbits(allowed, count=vocab_size, bitorder="little").view(bool)
 
     def collect(self, launched: list[Sampled | None]) -> list[Sampled | None]:
         """The tokens of a launched step, once they are there."""
@@ -3620,6 +3668,7 @@ class Seat:
     num_preemptions: int  # of the sequence when it sat down; a preempted one's block table is all new
     num_blocks: int = 0  # entries of the block table that the card has
     next_position: int | None = None  # where the card would go on by itself
+    is_masked: bool = False  # whether the card obeys the seat's mask
 
 
 class LaunchedStep(NamedTuple):
@@ -3639,6 +3688,7 @@ class CudaRunner:
     """
 
     looks_ahead = True
+    MASK_COLUMN = 7  # of a seat's ints
 
     def __init__(self, model: Llama, config: EngineConfig):
         self._model, self._backend = model, model.backend
@@ -3678,6 +3728,7 @@ class CudaRunner:
         with self._backend.errors():
             seats = [self._sit(seq) for seq in step.sequences]
             complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in zip(*step)]
+            self._send_masks(step, seats, complete)
             if all(map(self._can_decode, step.sequences, seats)):
                 self._launch_decode(seats)
                 drawn = range(len(seats))
@@ -3724,12 +3775,26 @@ class CudaRunner:
         penalties = (p.repetition_penalty, p.presence_penalty, p.frequency_penalty)
         seed = np.array([seq.seed], np.uint64).view(np.int32).tolist()  # low word, high word
         top = -1 if p.logprobs is None else p.logprobs
-        ints = (min(max(p.top_k, 0), (1 << 31) - 1), top, seq.choice, *seed, len(bias), p.has_penalties)
+        ints = (min(max(p.top_k, 0), (1 << 31) - 1), top, seq.choice, *seed, len(bias), p.has_penalties, False)
         for name, values in (("ints", ints), ("floats", (p.temperature, p.top_p, p.min_p, *penalties)),
                              ("bias_ids", bias.keys()), ("bias_values", bias.values())):
             self._patches += state.patch(name, seat, values)
         if p.has_penalties:
             self._backend.reset_counts(seat, *seq.history)
+
+    def _send_masks(self, step: Step, seats: list[Seat], complete: list[bool]) -> None:
+        """Send what may come next where that changed: with a grammar always, else when min_tokens begins and ends."""
+        masks, vocab_size = {}, self._model.config.vocab_size
+        for seq, seat, is_complete in zip(step.sequences, seats, complete):
+            if not is_complete or not (seq.constraint or seq.params.min_tokens):
+                continue
+            wanted = seq.needs_mask
+            if wanted and (seq.constraint or not seat.is_masked):
+                masks[seat.index] = allowed_tokens(seq, vocab_size)
+            if wanted != seat.is_masked:
+                seat.is_masked = wanted
+                self._patches += self._state.patch("ints", seat.index, [wanted], self.MASK_COLUMN)
+        self._backend.masks.send(masks)
 
     @staticmethod
     def _can_decode(seq: Sequence, seat: Seat) -> bool:
@@ -3885,6 +3950,7 @@ class Engine:
 
     Where the runner can look ahead (on a card), a step is launched before the tokens of the one before it are read:
     those are PENDING in the host's lists meanwhile. A stop is then seen a step late, and the overrun token dropped.
+    A step with a sequence whose grammar must know its newest token waits for the tokens first.
 
     The lock guards the scheduler, the blocks and the handles' table; it is not held while the model runs. Only the
     engine thread calls the model. An error inside a run ends the sequences of that step and the loop goes on; an
@@ -3924,10 +3990,6 @@ class Engine:
         `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
         """
         params = self._check(prompt_token_ids, params, param)
-        if self._looks_ahead and (constraint or params.min_tokens):
-            what = "structured output" if constraint else "min_tokens"
-            raise UnsupportedError(f"{what} is not supported with CUDA kernels yet; --device cpu has it",
-                                   "response_format" if constraint else "min_tokens")
         if self._looks_ahead and params.prompt_logprobs is not None:
             raise UnsupportedError("log-probabilities of the prompt are not supported with CUDA kernels yet; "
                                    "--device cpu has them", "echo")

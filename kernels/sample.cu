@@ -1,9 +1,10 @@
-// sample -- one token a row, drawn on the card: penalties, biases, temperature, top_k, min_p, top_p, log-probabilities.
+// sample -- one token a row, drawn on the card: penalties, biases, masks, temperature, top_k, min_p, top_p, logprobs.
 //           `Sampler` in rustinfer.py is the array twin; uniform numbers by Philox4x32-10 (Salmon et al. 2011)
 // shapes    logits (R, V) float32, kept as they are; row_seats (R,) int32, the last seat is padding; row_tokens (R,)
 //           int32: which token of the step a row is, NULL: token r; positions (T,) int32
 //           by seat: floats, ints (num_seats, 8), see Request; bias_ids int32, bias_values float32 (num_seats, 300),
-//           no id twice; counts (num_seats, V) uint16: how often a token was put out (COUNT_MASK), IN_PROMPT
+//           no id twice; counts (num_seats, V) uint16: how often a token was put out (COUNT_MASK), IN_PROMPT; masks
+//           (num_seats, ceil(V / 32)) uint32: a bit for each token, the lowest first, 0: it may not come now
 //           slices (R, SLICES) uint4: scratch between the two launches; SLICES = ceil(V / 128) while V <= 131072
 //           records (4, max_rows, 44) int32, at place *ring % 4: token, whether the logits are sound, its logprob,
 //           number of top entries (-1: none wanted), their ids [20], their logprobs [20]; float32 as bits; may be the
@@ -12,7 +13,7 @@
 //           *ring on. *ticket is 0 before and after
 //           reset_counts grid ceil(V / 2048), block 256, when a sequence with penalties takes a seat
 // bytes     4*R*V, read once; rows with filters or logprobs read the slices where survivors can be some ten times more,
-//           which is next to nothing unless thousands of tokens survive
+//           which is next to nothing unless thousands of tokens survive; a row with a mask V/8 more, others none of it
 // numerics  logits in float32, rounded as the twin's. Weights exp((x - top) / temperature) are summed in fixed point,
 //           whose sums have no order: a row's token depends on no other row. log_softmax in float32
 #include "common.cuh"
@@ -27,6 +28,7 @@ constexpr int MAX_BIAS = 300, MAX_TOP = 20, RING = 4, RECORD = 4 + 2 * MAX_TOP;
 constexpr int SCAN_WARPS = 8, WARPS = 16, THREADS = 32 * WARPS;
 constexpr int BIN_BITS = 11, BINS = 1 << BIN_BITS;
 constexpr int COUNTED = 2048; // tokens of a block of reset_counts
+constexpr int MASK_WORDS = (VOCAB + 31) / 32;
 constexpr unsigned COUNT_MASK = 0x7fff, IN_PROMPT = 0x8000;
 static_assert(SLICES <= MAX_SLICES && MAX_SLICES == 2 * THREADS && BINS == 4 * THREADS, "shares of a thread");
 
@@ -79,13 +81,13 @@ struct Request {
   float temperature, top_p, min_p, repetition, presence, frequency; // floats[0..5]
   int top_k, num_logprobs, choice;                                  // ints[0..2]; top_k <= 0: off; logprobs -1: none
   unsigned seed_low, seed_high;                                     // ints[3], ints[4]
-  int num_bias, has_penalties;                                      // ints[5], ints[6]
+  int num_bias, has_penalties, has_mask;                            // ints[5..7]
 };
 
 __device__ __forceinline__ Request load_request(const float *floats, const int *ints, int seat) {
   const float4 f = *(const float4 *)(floats + seat * 8), g = *(const float4 *)(floats + seat * 8 + 4);
   const int4 i = *(const int4 *)(ints + seat * 8), j = *(const int4 *)(ints + seat * 8 + 4);
-  return {f.x, f.y, f.z, f.w, g.x, g.y, i.x, i.y, i.z, (unsigned)i.w, (unsigned)j.x, j.y, j.z};
+  return {f.x, f.y, f.z, f.w, g.x, g.y, i.x, i.y, i.z, (unsigned)i.w, (unsigned)j.x, j.y, j.z, j.w};
 }
 
 // Philox's first word for (position, choice) under the seed; as a uniform number it is (word + 0.5) / 2^32.
@@ -105,11 +107,12 @@ __device__ __forceinline__ u64 part_of(u64 total, unsigned word) {
   return __umul64hi(total, (u64)word << 32 | 0x80000000u);
 }
 
-// A row of numbers and what changes them: penalties where `counts` is given, then biases.
+// A row of numbers and what changes them: penalties where `counts` is given, then biases, then what `mask` forbids.
 struct Row {
   const float *values;
   int size;
   const unsigned short *counts;
+  const unsigned *mask;
   const int *bias_ids;
   const float *bias_values;
   int num_bias;
@@ -117,14 +120,15 @@ struct Row {
 };
 
 __device__ __forceinline__ Row plain_row(const float *values, int size) {
-  return {values, size, nullptr, nullptr, nullptr, 0, 1.f, 0.f, 0.f};
+  return {values, size, nullptr, nullptr, nullptr, nullptr, 0, 1.f, 0.f, 0.f};
 }
 
-__device__ __forceinline__ Row adjusted_row(const float *logits, const unsigned short *counts, const int *bias_ids,
-                                            const float *bias_values, const Request &request, int row, int seat) {
+__device__ __forceinline__ Row adjusted_row(const float *logits, const unsigned short *counts, const unsigned *masks,
+                                            const int *bias_ids, const float *bias_values, const Request &request,
+                                            int row, int seat) {
   return {logits + (size_t)row * VOCAB, VOCAB, request.has_penalties ? counts + (size_t)seat * VOCAB : nullptr,
-          bias_ids + seat * MAX_BIAS, bias_values + seat * MAX_BIAS, request.num_bias,
-          request.repetition, request.presence, request.frequency};
+          request.has_mask ? masks + (size_t)seat * MASK_WORDS : nullptr, bias_ids + seat * MAX_BIAS,
+          bias_values + seat * MAX_BIAS, request.num_bias, request.repetition, request.presence, request.frequency};
 }
 
 // The id of the lane's first token of a slice; the others follow it.
@@ -168,9 +172,8 @@ __device__ __forceinline__ void add_biases(float (&x)[PER_LANE], const Row &row,
   }
 }
 
-// Penalties, then biases. What is not finite stays as it is, and what is stays finite.
-__device__ __forceinline__ void adjust(float (&x)[PER_LANE], const Row &row, int slice) {
-  if (!row.counts && !row.num_bias) return;
+// What is not finite stays as it is, and what is stays finite.
+__device__ __forceinline__ void penalise_and_bias(float (&x)[PER_LANE], const Row &row, int slice) {
   float before[PER_LANE];
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++) {
@@ -181,6 +184,24 @@ __device__ __forceinline__ void adjust(float (&x)[PER_LANE], const Row &row, int
 #pragma unroll
   for (int i = 0; i < PER_LANE; i++)
     x[i] = is_finite(key_of(before[i])) ? fminf(fmaxf(x[i], -MOST), MOST) : before[i];
+}
+
+// Tokens that may not come become -inf; NaN stays NaN.
+__device__ __forceinline__ void forbid(float (&x)[PER_LANE], const Row &row, int slice) {
+#pragma unroll
+  for (int i = 0; i < PER_LANE; i += 4) { // whose bits stand in one word
+    const int first = first_id(slice) + i;
+    const unsigned bits = first < row.size ? row.mask[first / 32] >> first % 32 : 0;
+#pragma unroll
+    for (int n = 0; n < 4; n++)
+      if (!(bits >> n & 1) && x[i + n] == x[i + n]) x[i + n] = number_of(MINUS_INF_KEY);
+  }
+}
+
+// Penalties, then biases, then the mask.
+__device__ __forceinline__ void adjust(float (&x)[PER_LANE], const Row &row, int slice) {
+  if (row.counts || row.num_bias) penalise_and_bias(x, row, slice);
+  if (row.mask) forbid(x, row, slice);
 }
 
 // ---------------------------------------------------------------- sample_scan
@@ -206,13 +227,14 @@ __device__ __forceinline__ float inverse_temperature(const Request &request) {
 
 extern "C" __global__ void __launch_bounds__(SCAN_WARPS * 32)
 sample_scan(uint4 *slices, const float *logits, const int *row_seats, const float *floats, const int *ints,
-            const int *bias_ids, const float *bias_values, const unsigned short *counts, int num_seats) {
+            const int *bias_ids, const float *bias_values, const unsigned short *counts, const unsigned *masks,
+            int num_seats) {
   pdl_launch();
   pdl_wait();
   const int r = blockIdx.y, seat = row_seats[r], slice = blockIdx.x * SCAN_WARPS + threadIdx.x / 32;
   if (seat == num_seats - 1 || slice >= SLICES) return;
   const Request request = load_request(floats, ints, seat);
-  const Row row = adjusted_row(logits, counts, bias_ids, bias_values, request, r, seat);
+  const Row row = adjusted_row(logits, counts, masks, bias_ids, bias_values, request, r, seat);
   float x[PER_LANE];
   load_slice(x, row, slice);
   const uint2 raw = request.num_logprobs >= 0 ? summarise(x, slice, 1.f) : make_uint2(0, 0);
@@ -633,8 +655,8 @@ __device__ __forceinline__ void finish(unsigned *ring, unsigned *ticket) {
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 sample_draw(int *records, unsigned *ring, unsigned *ticket, int *last_token, int *next_position, unsigned short *counts,
             const uint4 *slices, const float *logits, const int *row_seats, const int *row_tokens, const int *positions,
-            const float *floats, const int *ints, const int *bias_ids, const float *bias_values, int num_seats,
-            int max_rows) {
+            const float *floats, const int *ints, const int *bias_ids, const float *bias_values,
+            const unsigned *masks, int num_seats, int max_rows) {
   pdl_launch();
   pdl_wait();
   const int r = blockIdx.x, seat = row_seats[r];
@@ -642,7 +664,7 @@ sample_draw(int *records, unsigned *ring, unsigned *ticket, int *last_token, int
   const Request request = load_request(floats, ints, seat);
   int *record = records + ((size_t)(*ring % RING) * max_rows + r) * RECORD;
   const int position = positions[row_tokens ? row_tokens[r] : r] + 1; // where the new token will stand
-  const Row row = with_own_biases(adjusted_row(logits, counts, bias_ids, bias_values, request, r, seat));
+  const Row row = with_own_biases(adjusted_row(logits, counts, masks, bias_ids, bias_values, request, r, seat));
   bool sound;
 #pragma unroll 1
   for (int listing = 0; listing <= (request.num_logprobs >= 0); listing++) { // first the token, then the logprobs
@@ -651,8 +673,9 @@ sample_draw(int *records, unsigned *ring, unsigned *ticket, int *last_token, int
     begin(listing ? plain_row(logits + (size_t)r * VOCAB, VOCAB) : row, listing ? 0.f : inverse, mine);
     u64 before;
     const u64 mass = row_mass(mine, listing ? 1.f : inverse, before);
-    sound = is_finite(shared.top);
-    const Goal goal = listing ? listing_goal(request, sound) : drawing_goal(request, sound, position);
+    const bool is_sound = is_finite(shared.top);
+    if (!listing) sound = is_sound; // of what may come: a mask can leave nothing of a sound row
+    const Goal goal = listing ? listing_goal(request, is_sound) : drawing_goal(request, is_sound, position);
     if (goal.is_filtered()) search(goal, mass);
     else if (!listing) draw_by_id(mine, mass, before, goal.word);
     if (listing) record_logprobs(record, logits[(size_t)r * VOCAB + shared.token], goal.top_k, mass);

@@ -1,5 +1,6 @@
 """CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from make_references import random_checkpoint
 from test_batch_invariance import answer_of
 
 import rustinfer
-from harness import ROOT, ServerProcess
-from rustinfer import CudaBackend, EngineConfig, EngineError, ModelConfig, SamplingParams, SettingsError
+from harness import ROOT, RawConnection, ServerProcess, chat_body, local_server
+from rustinfer import (PENDING, CudaBackend, EngineConfig, EngineError, ModelConfig, SamplingParams, SettingsError,
+                       Structure)
 
 DIMS = dict(hidden_size=64, intermediate_size=96, num_layers=2, num_attention_heads=4, num_kv_heads=2, head_dim=32,
             vocab_size=331)
@@ -159,6 +161,197 @@ def test_steady_decode_sends_nothing_to_the_card(open_llm, monkeypatch):
     handle = llm.engine.submit(list(range(20)), SamplingParams(max_tokens=40, ignore_eos=True))
     list(handle)
     assert [len(patches) for patches in sent[2:]] == [1, 1]  # the blocks that begin at tokens 32 and 48
+
+
+# ---- masks: structured output and min_tokens ------------------------------------------------------------------------
+
+STOPS = tuple(range(0, 331, 2))  # so many that an answer soon ends
+POINT = {"type": "object", "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99},
+                                          "label": {"enum": ["north", "south"]}},
+         "required": ["x", "label"], "additionalProperties": False}
+SHAPES = [Structure(kind, source, "x") for kind, source in (
+    ("regex", "[a-f]{3}-[0-9]{2}"), ("json", POINT), ("regex", r"red|green\.|\(blue\)"),
+    ("lark", 'start: ("yes" | "no") "!"{1,3}'), ("regex", "[a-z]{1,40}"))]
+
+
+def masked_requests():
+    """(prompt, params, structure): free ones, those with a shape, those with a least length, one with both."""
+    rng, made = np.random.default_rng(6), []
+    kinds = [dict(temperature=0), dict(temperature=1.3), dict(temperature=1.0, top_k=20, top_p=0.9),
+             dict(temperature=0, repetition_penalty=1.5, presence_penalty=0.5, logit_bias={9: 5}),
+             dict(temperature=0.8, min_p=0.02), dict(temperature=1.0, frequency_penalty=1.0, logit_bias={7: 5.0})]
+    for number, length in enumerate((1, 5, 16, 33, 17, 2, 64, 40, 3, 15, 31, 9, 12, 30, 7)):
+        kind = number % 3
+        options = [dict(ignore_eos=True, max_tokens=9 + number), dict(max_tokens=60),
+                   dict(max_tokens=3 * number, min_tokens=number, stop_token_ids=STOPS)][kind]
+        shape = SHAPES[number // 3] if kind == 1 or number == 14 else None
+        params = SamplingParams(seed=number, logprobs=3, **kinds[number % 6 if number < 12 else 1], **options)
+        made.append((rng.integers(0, 331, length).tolist(), params, shape))
+    return made
+
+
+def submit(llm, prompt, params, shape):
+    return llm.engine.submit(prompt, params, constraint=llm.grammars.compile(shape) if shape else None)
+
+
+def masked_answers(llm):
+    return [answer_of(handle) for handle in [submit(llm, *request) for request in masked_requests()]]
+
+
+@pytest.fixture(scope="module")
+def masked_alone(folder):
+    """Each request with the engine to itself, kernel by kernel: its answer and how it ended."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", cupy_cpu)
+        with rustinfer.LLM(folder, device="cuda:0", max_num_seqs=1, max_model_len=256, enforce_eager=True,
+                           no_prefix_caching=True) as llm:
+            handles = [submit(llm, *request) for request in masked_requests()]
+            return [(answer_of(handle), text_of(llm, handle), handle.finish_reason) for handle in handles]
+
+
+def text_of(llm, handle):
+    """What was put out, without a token that ended it."""
+    return llm.tokenizer.decode(token for token in handle.seq.history[1] if token not in handle.seq.end_token_ids)
+
+
+def test_masked_answers_have_their_shape_and_their_length(masked_alone):
+    shortest = []
+    for (_, params, shape), (answer, text, reason) in zip(masked_requests(), masked_alone):
+        assert len(answer) > params.min_tokens
+        if shape and shape.kind == "regex":
+            assert re.fullmatch(shape.source, text) and reason == "stop"
+        elif shape and shape.kind == "lark":
+            assert re.fullmatch("(yes|no)!{1,3}", text)
+        elif shape:
+            assert json.loads(text)["label"] in ("north", "south")
+        elif params.min_tokens:
+            assert reason == "stop" and not set(STOPS) & {token for token, *_ in answer[: params.min_tokens]}
+            shortest.append(len(answer) - params.min_tokens)
+    assert min(shortest) == 1  # the first token that may end an answer does
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(enforce_eager=True, max_num_batched_tokens=24), dict(max_num_batched_tokens=40, max_num_seqs=16)],
+    ids=["graphs", "eager, chunked", "graphs, chunked"])
+def test_masked_and_free_requests_answer_together_as_alone(open_llm, masked_alone, options):
+    llm, expected = open_llm(**options), [answer for answer, *_ in masked_alone]
+    assert masked_answers(llm) == expected
+    assert masked_answers(llm) == expected
+
+
+def test_programmatic_launches_come_behind_the_masks(open_llm, masked_alone, monkeypatch):
+    monkeypatch.setattr(cupy_cpu.Device, "compute_capability", "90")
+    monkeypatch.setattr(rustinfer, "KernelLauncher", cupy_cpu.Launcher)
+    assert masked_answers(open_llm()) == [answer for answer, *_ in masked_alone]
+
+
+def test_no_kernel_reads_beyond_a_mask(open_llm, masked_alone, monkeypatch):
+    monkeypatch.setattr(cupy_cpu, "MODE", ["check"])
+    llm, numbers = open_llm(max_num_batched_tokens=80, max_num_seqs=2, enforce_eager=True), (1, 2)
+    handles = [submit(llm, *masked_requests()[number]) for number in numbers]
+    assert [answer_of(handle) for handle in handles] == [masked_alone[number][0] for number in numbers]
+
+
+def test_masked_sequences_resume_after_preemption_with_the_same_tokens(open_llm):
+    base = dict(temperature=1.2, seed=3, logprobs=2, max_tokens=40)
+    kinds = [(SamplingParams(**base), Structure("regex", "[a-z]{30}", "x")),
+             (SamplingParams(ignore_eos=True, **base), None),
+             (SamplingParams(min_tokens=25, stop_token_ids=STOPS, **base), None)]
+    llm, prompt = open_llm(), list(range(14))
+    with_room = [answer_of(submit(llm, prompt, *kind)) for kind in kinds]
+    llm = open_llm(kv_cache_memory=8 * 2 * 2 * 16 * 64 * 2, no_prefix_caching=True)
+    handles = [submit(llm, prompt, *kind) for kind in kinds * 3]
+    assert [answer_of(handle) for handle in handles] == with_room * 3
+    assert llm.engine.snapshot()["num_preemptions"] > 0
+
+
+def test_aborted_neighbours_leave_no_mask_behind(open_llm, masked_alone):
+    llm, rng, noise, handles = open_llm(max_num_batched_tokens=48), np.random.default_rng(5), [], []
+    for number, request in enumerate(masked_requests() * 2):
+        handles.append(submit(llm, *request))
+        prompt = rng.integers(0, 331, rng.integers(1, 30)).tolist()
+        params = SamplingParams(max_tokens=90, min_tokens=90 * (number % 2), ignore_eos=False)
+        noise.append(submit(llm, prompt, params, None if number % 2 else Structure("regex", "[a-z]{90}", "x")))
+        noise[rng.integers(len(noise))].abort()
+    assert [answer_of(handle) for handle in handles] == [answer for answer, *_ in masked_alone] * 2
+    for handle in noise:
+        handle.abort()
+    assert llm.engine.dead is None
+
+
+def watch_launches(llm, monkeypatch):
+    """[(number of sequences, whether the step before was still in flight)], and the seats that got masks each time."""
+    engine, launches, sent = llm.engine, [], []
+    launch, send = engine._runner.launch, engine.model.backend.masks.send
+
+    def watched(step):
+        assert not any(seq.constraint and seq.token_ids[-1] == PENDING for seq in step.sequences)
+        launches.append((len(step.sequences), engine._in_flight is not None))
+        return launch(step)
+
+    monkeypatch.setattr(engine._runner, "launch", watched)
+    monkeypatch.setattr(engine.model.backend.masks, "send", lambda masks: sent.append(list(masks)) or send(masks))
+    return launches, sent
+
+
+def test_a_least_length_costs_one_mask_and_no_waiting(open_llm, monkeypatch):
+    llm = open_llm()
+    launches, sent = watch_launches(llm, monkeypatch)
+    patches, patch = [], llm.engine.model.backend.patch_state
+    monkeypatch.setattr(llm.engine.model.backend, "patch_state", lambda made: patches.append(made) or patch(made))
+    handle = llm.engine.submit(list(range(10)), SamplingParams(max_tokens=40, min_tokens=20, temperature=0))
+    assert len(list(handle)) > 20
+    assert launches[0] == (1, False) and all(ahead for _, ahead in launches[1:])
+    assert [seats for seats in sent if seats] == [[sent[0][0]]]
+    (place, _), = llm.engine.model.backend.state.patch("ints", sent[0][0], [0], 7)
+    assert [dict(made)[place] for made in patches if place in dict(made)] == [1, 0]
+
+
+def test_a_grammar_waits_for_its_tokens(open_llm, monkeypatch):
+    llm = open_llm()
+    launches, sent = watch_launches(llm, monkeypatch)
+    free = SamplingParams(max_tokens=60, temperature=0, ignore_eos=True)
+    shaped = submit(llm, [1, 2, 3], SamplingParams(max_tokens=30), Structure("regex", "[a-z]{999}", "x"))
+    other = llm.engine.submit([4, 5, 6], free)
+    assert len(list(shaped)) == 30 and len(list(other)) == 60
+    assert not any(ahead for _, ahead in launches[:30]) and sum(ahead for _, ahead in launches) > 20
+    assert len([seats for seats in sent if seats]) == 30
+
+
+def test_a_mask_waits_in_its_own_memory_until_it_is_copied():
+    stream, seen = cupy_cpu.Stream(), []
+    masks = rustinfer.SeatMasks(cupy_cpu, stream, 2, 40)
+    for value in (1, 2, 3):
+        masks.send({1: np.array([value, value], np.uint32)})
+        stream.add(lambda: seen.append(np.array(masks.array).tolist()))
+    stream.synchronize()
+    assert seen == [[[0, 0], [value, value]] for value in (1, 2, 3)]
+
+
+def test_the_demo_model_fills_shapes_as_on_numpy(open_llm):
+    prompt = "The capital of France is"
+    found = []
+    for options in (dict(device="cuda:0"), dict(device="cpu")):
+        llm = open_llm(ROOT / "demo", **options)
+        ids = llm.tokenizer.encode_prompt(prompt)
+        stops = tuple(token for token in range(1500) if b"e" in llm.tokenizer.token_bytes(token))[:256]
+        handles = [submit(llm, ids, SamplingParams(temperature=0, max_tokens=30), shape) for shape in SHAPES]
+        handles += [llm.engine.submit(ids, SamplingParams(temperature=0, max_tokens=20, min_tokens=least,
+                                                          stop_token_ids=stops)) for least in (0, 8)]
+        found.append([[token.token_id for token in handle] for handle in handles])
+    assert found[0] == found[1] and len(found[0][-2]) < 8 < len(found[0][-1])
+
+
+def test_structured_requests_are_served_on_a_card(open_llm):
+    fields = dict(temperature=1.0, max_tokens=60, min_tokens=3, seed=1, response_format={
+        "type": "json_schema", "json_schema": {"name": "point", "schema": POINT}})
+    with local_server(open_llm(ROOT / "demo")) as server, RawConnection(server.port) as connection:
+        status, _, body = connection.request("POST", "/v1/chat/completions", chat_body(**fields))
+    assert status == 200, body
+    assert json.loads(body["choices"][0]["message"]["content"])["label"] in ("north", "south")
+
+
+# ---- errors and limits ----------------------------------------------------------------------------------------------
 
 
 def test_a_failed_launch_ends_the_engine_and_names_the_kernel(open_llm, caplog):

@@ -8,7 +8,7 @@ import pytest
 from cuda_cpu import RawModule
 
 from harness import ROOT
-from rustinfer import ArrayBackend, Sampled, Sampler, SamplingParams, philox_uniform
+from rustinfer import ArrayBackend, Sampled, Sampler, SamplingParams, pack_bits, philox_uniform
 
 pytestmark = pytest.mark.skipif(cuda_cpu.why_not() is not None, reason=str(cuda_cpu.why_not()))
 
@@ -28,7 +28,7 @@ def build(vocab, mode="fast"):
 def modules():
     """{(vocab, mode): future of the module}, compiled side by side while the first tests run."""
     pool = ThreadPoolExecutor(2)
-    wanted = [*((vocab, "fast") for vocab in VOCABS), (2500, "check"), (2500, "init")]
+    wanted = [*((vocab, "fast") for vocab in (*VOCABS, 140_001, 270_003)), (2500, "check"), (2500, "init")]
     yield {key: pool.submit(build, *key) for key in wanted}
     pool.shutdown(cancel_futures=True)
 
@@ -49,6 +49,7 @@ class Drawer:
     choice: int = 0
     prompt: list = dataclasses.field(default_factory=list)
     output: list = dataclasses.field(default_factory=list)
+    mask: np.ndarray | None = None  # (V,) bool: the tokens that may come
 
     @property
     def position(self):
@@ -57,8 +58,8 @@ class Drawer:
 
 def draw(sampler, logits, drawers):
     """The tokens of the array twin."""
-    return sampler.sample(logits, [d.params for d in drawers], [d.seed for d in drawers], [d.choice for d in drawers],
-                          [d.position for d in drawers], [(d.prompt, d.output) for d in drawers])
+    return sampler.sample(logits, *zip(*((d.params, d.seed, d.choice, d.position) for d in drawers)),
+                          [(d.prompt, d.output) for d in drawers], [d.mask for d in drawers])
 
 
 class Card:
@@ -71,6 +72,7 @@ class Card:
         self.bias_ids = np.full((num_seats, MAX_BIAS), UNTOUCHED, I32)
         self.bias_values = np.full((num_seats, MAX_BIAS), np.nan, np.float32)
         self.counts = np.full((num_seats, vocab), 0xFFFF, np.uint16)
+        self.masks = np.zeros((num_seats, -(-vocab // 32)), np.uint32)  # who has none and obeys it may say nothing
         self.slices = np.full((max_rows, self.num_slices, 4), 0xFFFFFFFF, np.uint32)
         self.records = np.full((RING, max_rows, RECORD), UNTOUCHED, I32)
         self.ring, self.ticket = np.zeros(1, I32), np.zeros(1, np.uint32)
@@ -86,7 +88,10 @@ class Card:
                              p.frequency_penalty, 0, 0)
         seed = np.array([drawer.seed % 2**64], np.uint64).view(I32)
         num_logprobs = -1 if p.logprobs is None else p.logprobs
-        self.ints[seat] = (p.top_k, num_logprobs, drawer.choice, *seed, len(p.logit_bias), p.has_penalties, 0)
+        self.ints[seat] = (p.top_k, num_logprobs, drawer.choice, *seed, len(p.logit_bias), p.has_penalties,
+                           drawer.mask is not None)
+        if drawer.mask is not None:
+            self.masks[seat] = pack_bits(drawer.mask)
         for place, (token_id, value) in enumerate(p.logit_bias):
             self.bias_ids[seat, place], self.bias_values[seat, place] = token_id, value
         if p.has_penalties:
@@ -101,10 +106,10 @@ class Card:
         seats, positions = np.array(seats, I32), np.array(positions, I32)
         parameters = (self.floats, self.ints, self.bias_ids, self.bias_values)
         self.run("sample_scan", (-(-self.num_slices // 8), len(seats)), 256, self.slices, logits, seats, *parameters,
-                 self.counts, I32(self.num_seats))
+                 self.counts, self.masks, I32(self.num_seats))
         self.run("sample_draw", (len(seats),), 512, self.records, self.ring, self.ticket, self.last_token,
                  self.next_position, self.counts, self.slices, logits, seats, row_tokens, positions, *parameters,
-                 I32(self.num_seats), I32(self.max_rows))
+                 self.masks, I32(self.num_seats), I32(self.max_rows))
 
     def read(self, row, place=0):
         """A record as the host reads it."""
@@ -136,7 +141,9 @@ def for_vocabs(*vocabs):
 
 
 def agrees(found, expected):
-    """The same token; logprobs to some roundings of float32, the likeliest in the same order."""
+    """The same token; logprobs to some roundings of float32, the likeliest in the same order. Both may be broken."""
+    if not found.finite and not expected.finite:
+        return True  # what a mask leaves of mostly forbidden logits may be nothing
     close = lambda a, b: a == b or abs(a - b) < 2e-6 * (1 + abs(b))
     key = lambda row: (row.token_id, row.finite, row.logprob is None, row.top and len(row.top))
     return key(found) == key(expected) and (found.logprob is None or close(found.logprob, expected.logprob) and all(
@@ -146,7 +153,7 @@ def agrees(found, expected):
 def neighbours(sampler, logits, drawer):
     """The tokens of the twin when weights are off by float32: the uniform number and the filters moved by 2e-6."""
     p, found = drawer.params, set()
-    logits = sampler._adjust(logits[None], [p], [(drawer.prompt, drawer.output)])
+    logits = sampler._forbid(sampler._adjust(logits[None], [p], [(drawer.prompt, drawer.output)]), [drawer.mask])
     uniform = philox_uniform(np, np.array([drawer.seed], np.uint64), np.array([drawer.choice]),
                              np.array([drawer.position]))
     filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
@@ -199,9 +206,20 @@ def random_drawer(rng, vocab, params=None):
                   tokens(60), tokens(90))
 
 
+def random_mask(rng, vocab):
+    """None; half, some, one, or a range of the tokens; all but one; all."""
+    place, ids = rng.integers(vocab), np.arange(vocab)
+    masks = [None, None, rng.random(vocab) < 0.5, rng.random(vocab) < 0.01, ids == place,
+             (ids >= place) & (ids < place + 40), ids != place, ids >= 0]
+    mask = masks[rng.integers(len(masks))]
+    return None if mask is None or not mask.any() else mask
+
+
 def random_step(rng, vocab, rows):
-    return (np.stack([random_logits(rng, vocab) for _ in range(rows)]),
-            [random_drawer(rng, vocab) for _ in range(rows)])
+    drawers = [random_drawer(rng, vocab) for _ in range(rows)]
+    for drawer in drawers:
+        drawer.mask = random_mask(rng, vocab)
+    return np.stack([random_logits(rng, vocab) for _ in range(rows)]), drawers
 
 
 @for_vocabs(*VOCABS)
@@ -371,6 +389,89 @@ def test_the_least_repetition_penalty_keeps_logits_finite(card, sampler):
     logits = rng.standard_normal((4, 100), np.float32)
     found = card.draw(logits, drawers)
     assert all(row.finite for row in found) and check_all(sampler, logits, drawers, found) == 0
+
+
+# ---- masks ----------------------------------------------------------------------------------------------------------
+
+
+@for_vocabs(1, 7, 100, 1536, 5000)
+def test_the_only_token_of_a_mask_is_drawn_from_any_place(card, sampler):
+    """With the raw logits' logprobs, though it be the least likely, and whatever the filters."""
+    rng = np.random.default_rng(0)
+    places = sorted({place for place in (0, 3, 4, 31, 32, 127, 128, card.vocab // 2, card.vocab - 2, card.vocab - 1)
+                     if 0 <= place < card.vocab})
+    any_way = [dataclasses.replace(params, logit_bias=tuple((i, v) for i, v in params.logit_bias if i < card.vocab))
+               for params in ANY_WAY]
+    for params in any_way:
+        drawers = [random_drawer(rng, card.vocab, params) for _ in places]
+        logits = rng.standard_normal((len(places), card.vocab), np.float32) * 9
+        for row, place in enumerate(places):
+            drawers[row].mask = np.arange(card.vocab) == place
+            logits[row, place] = -40
+        found = card.draw(logits, drawers)
+        assert [(row.token_id, row.finite) for row in found] == [(place, True) for place in places]
+        assert check_all(sampler, logits, drawers, found) == 0
+
+
+@for_vocabs(100, 1536)
+def test_masks_come_after_penalties_and_biases(card, sampler):
+    rng, drawers = np.random.default_rng(1), []
+    strong = dict(frequency_penalty=2, presence_penalty=2, repetition_penalty=10)
+    for count in range(24):
+        biased = rng.permutation(card.vocab)[:50].tolist()
+        params = SamplingParams(temperature=count % 2, logit_bias=dict.fromkeys(biased, 100), logprobs=5, **strong)
+        drawers.append(random_drawer(rng, card.vocab, params))
+        drawers[-1].mask = ~np.isin(np.arange(card.vocab), biased) if count % 3 else None
+    logits = rng.standard_normal((len(drawers), card.vocab), np.float32)
+    found = card.draw(logits, drawers)
+    assert check_all(sampler, logits, drawers, found) == 0
+    for row, drawer in zip(found, drawers):
+        assert (row.token_id in dict(drawer.params.logit_bias)) == (drawer.mask is None)
+
+
+@for_vocabs(100)
+@pytest.mark.parametrize("value, where, finite", [
+    (np.nan, "forbidden", False), (np.nan, "allowed", False), (np.inf, "forbidden", True), (np.inf, "allowed", False),
+    (-np.inf, "all allowed", False), (-np.inf, "forbidden", True)])
+def test_masks_leave_broken_logits_broken(card, sampler, value, where, finite):
+    rng, mask = np.random.default_rng(0), np.arange(100) % 3 == 1
+    drawers = [random_drawer(rng, 100, params) for params in ANY_WAY for _ in range(2)]
+    logits = rng.standard_normal((len(drawers), 100), np.float32)
+    for drawer in drawers[::2]:
+        drawer.mask = mask
+    healthy = card.draw(logits, drawers)
+    logits[::2, {"forbidden": 33, "allowed": 34, "all allowed": mask}[where]] = value
+    found = card.draw(logits, drawers)
+    with np.errstate(invalid="ignore"):  # the logprobs of a row with an infinite logit
+        expected = draw(sampler, logits, drawers)
+    assert [row.finite for row in found] == [row.finite for row in expected] == [finite, True] * len(ANY_WAY)
+    assert found[1::2] == healthy[1::2]
+    if finite:
+        assert [row.token_id for row in found] == [row.token_id for row in expected]
+        assert all(mask[row.token_id] for row in found[::2])
+
+
+def test_rows_without_a_mask_read_none(modules):
+    card, rng = Card(modules[2500, "check"].result(), 2500), np.random.default_rng(0)
+    logits = rng.standard_normal((2, 2500), np.float32)
+    drawers = [random_drawer(rng, 2500, SamplingParams(logprobs=2)), random_drawer(rng, 2500, GREEDY)]
+    card.masks = card.masks[:1, :1].copy()
+    card.draw(logits, drawers, [3, 4])
+    card.ints[3, 7] = True
+    with pytest.raises(cuda_cpu.KernelError, match="out of bounds"):
+        card.launch(logits, [3, 4], [0, 0])
+
+
+@for_vocabs(140_001, 270_003)
+def test_large_vocabularies_have_masks_too(card, sampler):
+    """A lane has 8 or 12 tokens of a slice there, whose bits may stand in two words."""
+    rng = np.random.default_rng(0)
+    params = [GREEDY, SamplingParams(logprobs=2), SamplingParams(top_k=40, top_p=0.9)]
+    drawers = [random_drawer(rng, card.vocab, params[row % 3]) for row in range(6)]
+    for drawer in drawers[:5]:
+        drawer.mask = rng.random(card.vocab) < 0.001
+    logits = rng.standard_normal((6, card.vocab), np.float32)
+    assert check_all(sampler, logits, drawers, card.draw(logits, drawers)) == 0
 
 
 # ---- log-probabilities ----------------------------------------------------------------------------------------------

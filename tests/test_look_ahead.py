@@ -1,4 +1,5 @@
 """Engine with a runner that launches a step before the tokens of the one before it are read, as on a card."""
+import threading
 import pytest
 from make_references import random_checkpoint
 from test_batch_invariance import answer_of, answers_together, check_equal, requests
@@ -24,6 +25,7 @@ class LateRunner(ArrayRunner):
         self.num_ahead += self.in_flight == 2
         assert self.in_flight <= 2
         hidden = [seq for seq in step.sequences if seq.token_ids[-1] == PENDING]
+        assert not any(seq.constraint for seq in hidden)
         for seq in hidden:
             seq.token_ids[-1] = self.newest[seq]
         drawn = super().launch(step)
@@ -96,6 +98,28 @@ def test_tokens_after_a_stop_are_dropped(open_late):
     assert handle.seq.token_ids == PROMPT + whole[:wanted] and handle.seq.num_output_tokens == wanted
 
 
+def masked_answers(llm):
+    """Five with a grammar, five with a least length, five free ones."""
+    grammar = llm.grammars.compile(rustinfer.Structure("regex", "[a-z]{3,20}", "x"))
+    stops, base = tuple(range(0, 250, 2)), dict(temperature=1.2, max_tokens=24, logprobs=1)
+    kinds = [(dict(), grammar), (dict(min_tokens=9, stop_token_ids=stops), None), (dict(ignore_eos=True), None)]
+    handles = [llm.engine.submit(PROMPT[number:], SamplingParams(seed=number, **base, **options),
+                                 constraint=constraint and constraint.copy())
+               for number in range(5) for options, constraint in kinds]
+    return [answer_of(handle) for handle in handles]
+
+
+@pytest.mark.parametrize("options", [{}, dict(max_num_batched_tokens=16, max_num_seqs=4)], ids=["defaults", "few"])
+def test_a_grammar_waits_for_its_tokens_and_a_least_length_does_not(open_late, folder, options):
+    with rustinfer.LLM(folder, device="cpu") as llm:
+        expected = masked_answers(llm)
+    llm = open_late(**options)
+    assert masked_answers(llm) == expected and min(map(len, expected[1::3])) > 9
+    llm.engine._runner.num_ahead = 0
+    list(llm.engine.submit(PROMPT, SamplingParams(max_tokens=30, min_tokens=30)))
+    assert llm.engine._runner.num_ahead == 29
+
+
 def test_no_more_tokens_than_asked_for_are_computed(open_late):
     llm = open_late()
     handle = llm.engine.submit(PROMPT, GREEDY)
@@ -129,15 +153,17 @@ def test_a_failed_launch_ends_its_sequences_and_no_others(open_late):
 
 
 def test_a_failed_device_ends_the_engine_and_every_request(open_late):
-    llm, died = open_late(max_num_seqs=2), []
-    llm.engine.on_death = lambda: died.append(True)
+    llm, died, submitted = open_late(max_num_seqs=2), threading.Event(), threading.Event()
+    llm.engine.on_death = died.set
 
     def fail(launched):
+        submitted.wait(10)
         raise rustinfer.DeviceError("the card is gone")
 
     llm.engine._runner.collect = fail
     handles = [llm.engine.submit(PROMPT, GREEDY) for _ in range(4)]
+    submitted.set()
     for handle in handles:
         with pytest.raises(EngineError, match="the engine has failed"):
             list(handle)
-    assert died and isinstance(llm.engine.dead, rustinfer.DeviceError)
+    assert died.wait(10) and isinstance(llm.engine.dead, rustinfer.DeviceError)

@@ -172,6 +172,45 @@ def test_without_llguidance_the_request_is_refused_with_what_to_install(client, 
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "response_format")
 
 
+class Matcher:
+    """One that always allows the same tokens, and says so with a number of words of its own."""
+
+    def __init__(self, allowed, num_words):
+        words = np.zeros(num_words, np.uint32)
+        for token_id in allowed:
+            words[token_id // 32] |= np.uint32(1 << token_id % 32)
+        self._bits = words.tobytes()
+
+    def compute_bitmask(self):
+        return self._bits
+
+
+@pytest.mark.parametrize("vocab_size", [1, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("more", [-1, 0, 2])
+def test_bits_are_the_matchers_within_the_vocabulary(vocab_size, more):
+    num_words = max(-(-vocab_size // 32) + more, 0)
+    allowed = [token_id for token_id in range(32 * num_words) if token_id % 3 == 0]
+    bits = rustinfer.Constraint(Matcher(allowed, num_words), vocab_size).bits()
+    assert bits.dtype == np.uint32 and bits.tolist() == rustinfer.pack_bits(
+        np.isin(np.arange(vocab_size), allowed)).tolist()
+    assert sum(int(word) << 32 * place for place, word in enumerate(bits)) == sum(
+        1 << token_id for token_id in allowed if token_id < vocab_size)
+
+
+def test_no_end_may_come_before_its_time_unless_the_grammar_has_come_to_its_own():
+    seq = rustinfer.Sequence(0, [5, 6], rustinfer.SamplingParams(min_tokens=2), seed=0)
+    seq.end_token_ids = frozenset({3, 39})
+    tokens = lambda: np.flatnonzero(np.unpackbits(
+        rustinfer.allowed_tokens(seq, 40).view(np.uint8), bitorder="little")).tolist()
+    assert tokens() == [token_id for token_id in range(40) if token_id not in (3, 39)]
+    for allowed, expected in (([3, 7, 39], [7]), ([3, 39], [3, 39])):
+        seq.constraint = rustinfer.Constraint(Matcher(allowed, 2), 40)
+        assert tokens() == expected
+    seq.constraint = None
+    seq.token_ids += [7, rustinfer.PENDING]  # a pending token counts
+    assert not seq.needs_mask and tokens() == list(range(40))
+
+
 def test_a_mask_leaves_broken_logits_broken(llm):
     sampler = rustinfer.Sampler(rustinfer.ArrayBackend())
     mask = np.array([False, True, False])
@@ -249,7 +288,8 @@ STRICT_ADD = {"type": "function", "function": {"name": "add", "strict": True, "p
 def accepts(constraint, tokenizer, text):
     """True when the whole text may come, token by token, and then be the end."""
     for token_id in tokenizer.encode(text):
-        if not constraint.mask()[token_id] or not constraint.accept(token_id):
+        bits = constraint.bits()
+        if not bits[token_id // 32] >> (token_id % 32) & 1 or not constraint.accept(token_id):
             return False
     return True
 

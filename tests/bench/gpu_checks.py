@@ -296,7 +296,7 @@ class OneLayer:
         return len(lengths) * len(ends)
 
     def check_sampling(self) -> dict:
-        """Rows of all kinds of parameters, against the Sampler on NumPy."""
+        """Rows of all kinds of parameters, every third with a mask, against the Sampler on NumPy."""
         count = self.card.only_real((64,), (6,))[0]
         rng = np.random.default_rng(4)
         logits = 3 * rng.standard_normal((count, self.config.vocab_size), np.float32)
@@ -306,9 +306,10 @@ class OneLayer:
         params = [SamplingParams(seed=row, logprobs=5, **dict(temperature=1.0) | kinds[row % len(kinds)])
                   for row in range(count)]
         prompts = [rng.integers(0, self.config.vocab_size, 20).tolist() for _ in range(count)]
-        expected = rustinfer.Sampler(self.arrays).sample(
-            logits, params, [p.seed for p in params], [0] * count, [20] * count, [(prompt, []) for prompt in prompts])
-        found = self.drawn(logits, params, prompts)
+        masks = [None if row % 3 else rng.random(self.config.vocab_size) < 0.1 for row in range(count)]
+        expected = rustinfer.Sampler(self.arrays).sample(logits, params, [p.seed for p in params], [0] * count,
+                                                         [20] * count, [(prompt, []) for prompt in prompts], masks)
+        found = self.drawn(logits, params, prompts, masks)
         wrong = [row for row in range(count) if found[row].token_id != expected[row].token_id]
         apart = max(abs(a.logprob - b.logprob) for row, (a, b) in enumerate(zip(found, expected)) if row not in wrong)
         check(len(wrong) <= count // 32, f"sample: rows {wrong} of {count} drew other tokens than the expressions")
@@ -317,13 +318,15 @@ class OneLayer:
         check(not listed, f"sample: rows {listed} list other likeliest tokens")
         return {"rows": count, "other tokens": len(wrong), "greatest difference of a logprob": apart}
 
-    def drawn(self, logits: np.ndarray, params: list, prompts: list) -> list:
+    def drawn(self, logits: np.ndarray, params: list, prompts: list, masks: list) -> list:
         """What the card draws: row r sits on seat r."""
         config = dataclasses.replace(self.ops.engine_config, enforce_eager=True)
         runner, count = CudaRunner(self.model, config), len(params)
         for row, (prompt, p) in enumerate(zip(prompts, params)):
             runner._introduce(rustinfer.Sequence(row, prompt, p, p.seed, b""), row)
             runner._patches += self.ops.state.patch("row_seats", row, [row])
+            runner._patches += self.ops.state.patch("ints", row, [masks[row] is not None], runner.MASK_COLUMN)
+        self.ops.masks.send({row: rustinfer.pack_bits(mask) for row, mask in enumerate(masks) if mask is not None})
         runner._send_patches()
         self.put(self.ops.buffers.logits, logits)
         self.put(self.ops.buffers.positions, np.full(count, 19, np.int32))
@@ -502,7 +505,8 @@ def mixed_requests(vocab_size: int, count: int, longest: int) -> list[tuple[list
     stem = [rng.randrange(vocab_size) for _ in range(longest)]
     kinds = [dict(temperature=0.0), dict(), dict(temperature=1.3, top_k=20, top_p=0.9), dict(top_p=0.7),
              dict(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.5), dict(temperature=0.8, min_p=0.02),
-             dict(frequency_penalty=1.0, logit_bias={7: 5.0, 11: -100.0})]
+             dict(frequency_penalty=1.0, logit_bias={7: 5.0, 11: -100.0}),
+             dict(min_tokens=5, stop_token_ids=tuple(range(vocab_size // 2)))]
     lengths = [1, 2, 15, 16, 17, 31, 33, 64, 65, 100, 127, 128, 129, 257, 300, 500]
     made = []
     for number in range(count):

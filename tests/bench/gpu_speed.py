@@ -188,13 +188,16 @@ class OpTimes:
         logits = 3 * np.random.default_rng(0).standard_normal((rows, self.c.vocab_size), np.float32)
         self.buffers.logits[:rows].set(logits, stream=ops.stream)
         self.buffers.positions.fill(20)
-        kinds = {"greedy": dict(temperature=0.0), "drawn": {}, "top-p": dict(top_p=0.9), "top-k": dict(top_k=50),
-                 "logprobs": dict(temperature=0.0, logprobs=5)}
+        half = rustinfer.pack_bits(np.arange(self.c.vocab_size) % 2 == 0)
+        ops.masks.send(dict.fromkeys(range(rows), half))
+        kinds = {"greedy": dict(temperature=0.0), "drawn": {}, "masked": {}, "top-p": dict(top_p=0.9),
+                 "top-k": dict(top_k=50), "logprobs": dict(temperature=0.0, logprobs=5)}
         for kind, options in kinds.items():
             for row in range(rows):
                 params = SamplingParams(seed=row, **dict(temperature=1.0) | options)
                 runner._introduce(rustinfer.Sequence(row, [1, 2, 3], params, row), row)
                 runner._patches += ops.state.patch("row_seats", row, [row])
+                runner._patches += ops.state.patch("ints", row, [kind == "masked"], runner.MASK_COLUMN)
                 runner._row_seats[row] = row
             runner._send_patches()
             step = ops.prepare(ops.decode_step(rows))
