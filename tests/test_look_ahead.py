@@ -1,5 +1,6 @@
 """Engine with a runner that launches a step before the tokens of the one before it are read, as on a card."""
 import threading
+
 import pytest
 from make_references import random_checkpoint
 from test_batch_invariance import answer_of, answers_together, check_equal, requests
