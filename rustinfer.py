@@ -6230,6 +6230,7 @@ class Job:
 
     def __init__(self, handler: RequestHandler, group: Group, since: float, timeout: float | None):
         self.handler, self.group, self.since, self.timeout, self.cancelled = handler, group, since, timeout, False
+        self.client, self.request_id = handler.client, handler.request_id  # the handler goes on to others
 
     def time_left(self, most: float) -> float | None:
         """Seconds to wait: what is left of the request's time, at most `most`; None for ever."""
@@ -6243,10 +6244,13 @@ class Job:
     def describe(self, engine: Engine) -> dict:
         """Ids, ages and sizes; never text."""
         sequences = [answer.handle.seq for answer in self.group.answers]
-        place = engine.place(sequences[0])
-        return {"id": self.handler.request_id, "state": "waiting" if place else "running",
+        place, timing = engine.place(sequences[0]), self.group.answers[0].handle.timing
+        return {"id": self.request_id, "state": "waiting" if place else "running",
                 "position": place[0] if place else None, "age_seconds": round(time.monotonic() - self.since, 3),
+                "queue_ms": round(timing.queue_s * 1000, 1), "prefill_ms": round(timing.prefill_s * 1000, 1),
+                "decode_ms": round(timing.decode_s * 1000, 1),
                 "prompt_tokens": sum(seq.num_prompt_tokens for seq in sequences[:: self.group.n]),
+                "cached_tokens": sum(seq.num_cached_tokens for seq in sequences[:: self.group.n]),
                 "completion_tokens": sum(max(0, seq.num_output_tokens) for seq in sequences),
                 "kv_blocks": sum(len(seq.block_table) for seq in sequences)}
 
@@ -6278,6 +6282,7 @@ class Server:
         self.connections: set[RequestHandler] = set()
         self.errors: Counter[str] = Counter()  # answers by code
         self._jobs: set[Job] = set()
+        self._recent: deque[tuple[Client, dict]] = deque(maxlen=64)  # jobs that ended, oldest first
         self._http = HTTPServer(self, config.host, config.port, config.max_connections, self._tls_context())
         self._watcher = Watcher()
         self.host, self.port = config.host, self._http.server_port
@@ -6532,7 +6537,7 @@ class Server:
             try:
                 group = Group(llm, prompts, request.params, request.n, param, constraint, client.tenant)
                 try:
-                    with self._job(handler, group) as job:
+                    with self._job(handler, llm, group) as job:
                         reply = functools.partial(make_reply, group, llm.name, request.include_usage)
                         (self._stream if request.stream else self._complete)(job, llm, reply)
                 finally:
@@ -6541,7 +6546,7 @@ class Server:
                 client.settle(taken, used)
 
     @contextlib.contextmanager
-    def _job(self, handler: RequestHandler, group: Group) -> Iterator[Job]:
+    def _job(self, handler: RequestHandler, llm: LLM, group: Group) -> Iterator[Job]:
         """While a request runs it can be seen and cancelled, and its client is watched; nothing of it runs on after."""
         job = Job(handler, group, time.monotonic(), self.config.request_timeout)
         self._jobs.add(job)
@@ -6552,7 +6557,9 @@ class Server:
             self._watcher.discard(handler.connection)
             self._jobs.discard(job)
             group.abort()
-            handler.facts |= self._describe(group)
+            handler.facts |= (facts := self._describe(group))
+            ended = {"state": "finished", "finish_reason": facts["finish"], "ended": int(time.time())}
+            self._recent.append((job.client, job.describe(llm.engine) | ended))
 
     def _complete(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
         group = job.group
@@ -6615,20 +6622,21 @@ class Server:
 
     def _own_jobs(self, handler: RequestHandler) -> list[Job]:
         """Those of who asks, oldest first."""
-        own = [job for job in list(self._jobs) if job.handler.client is handler.client]
+        own = [job for job in list(self._jobs) if job.client is handler.client]
         return sorted(own, key=lambda job: job.since)
 
     def _queue(self, handler: RequestHandler) -> None:
-        """One's own requests, and how many there are of all; never text."""
+        """One's own requests, the last ones that ended, and how many there are of all; never text."""
         engine = self._ready_llm().engine
         jobs = [job.describe(engine) for job in self._own_jobs(handler)]
+        recent = [ended for client, ended in list(self._recent) if client is handler.client]
         state = engine.snapshot()
-        handler.respond_json({"requests": jobs, "num_requests_running": state["num_requests_running"],
+        handler.respond_json({"requests": jobs, "recent": recent, "num_requests_running": state["num_requests_running"],
                               "num_requests_waiting": state["num_requests_waiting"]})
 
     def _cancel(self, handler: RequestHandler) -> None:
         request_id = urllib.parse.unquote(handler.http.path.removeprefix("/v1/queue/"))
-        jobs = [job for job in self._own_jobs(handler) if job.handler.request_id == request_id]
+        jobs = [job for job in self._own_jobs(handler) if job.request_id == request_id]
         if not jobs:
             raise APIError(f"no request {shorten(request_id)!r} of yours is here", status=404, code="not_found")
         for job in jobs:

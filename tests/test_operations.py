@@ -121,6 +121,8 @@ class TestQueue:
             assert (status, body["error"]["code"], headers["x-should-retry"]) == (409, "cancelled", "false")
             raw.socket.close()
         wait_for(lambda: self.listed(server, "bob-key-22")["num_requests_waiting"] == 0)
+        assert [entry["finish_reason"] for entry in self.listed(server, "alice-key-1")["recent"]] == ["abort"] * 2
+        assert self.listed(server, "bob-key-22")["recent"] == []
         assert [entry["id"] for entry in self.listed(server, "bob-key-22")["requests"]] == ["three"]
         other.socket.close()
 
