@@ -44,7 +44,7 @@ class TestPrometheus:
             ask(server, "POST", CHAT, {})
             ask(server, "GET", "/nope")
             after = samples(server)
-            grown = lambda name, *labels: after[name].get(labels, 0) - before[name].get(labels, 0)
+            grown = lambda name, *labels: after[name].get(labels, 0) - before.get(name, {}).get(labels, 0)
             assert grown("rustinfer:generation_tokens_total") == 7
             assert grown("rustinfer:prompt_tokens_total") == usage["prompt_tokens"]
             assert grown("rustinfer:prefix_cache_queries_total") == usage["prompt_tokens"]
@@ -151,8 +151,10 @@ class TestQueue:
             with local_server(llm) as server:
                 for _ in range(3):
                     ask(server, "POST", CHAT, chat_body(max_tokens=1))
-                running = [self.start(server, "x", str(number), max_tokens=100) for number in range(2)]
-                wait_for(lambda: llm.engine.snapshot()["num_requests_waiting"] == 1)
+                running = []
+                for count in ("num_requests_running", "num_requests_waiting"):
+                    running.append(self.start(server, "x", count, max_tokens=100))
+                    wait_for(lambda: llm.engine.snapshot()[count] == 1)
                 status, headers, body = ask(server, "POST", CHAT, chat_body(max_tokens=1))
                 assert (status, body["error"]["code"]) == (429, "queue_full") and int(headers["retry-after"]) >= 1
                 for raw in running:
