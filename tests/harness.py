@@ -176,6 +176,13 @@ def slowed(llm, seconds: float):
         del llm.engine._run
 
 
+def free_port() -> int:
+    """A port for a program that cannot pick one and tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def wait_for(condition, timeout: float = 10) -> float:
     """Seconds until the condition holds; an assertion error if it never does."""
     started = time.monotonic()

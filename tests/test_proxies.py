@@ -1,4 +1,4 @@
-"""HAProxy and nginx with the files of deploy/, in front of two real servers: streams, a killed and a drained replica."""
+"""HAProxy and nginx with the files of deploy/ in front of two real servers: streams, a killed and a drained replica."""
 from __future__ import annotations
 
 import contextlib
@@ -15,7 +15,8 @@ from types import SimpleNamespace
 
 import openai
 import pytest
-from harness import DEMO, ROOT, ServerProcess, check_error, need_tool, parse_events, server_whose_model, wait_for
+from harness import (DEMO, ROOT, ServerProcess, check_error, free_port, need_tool, parse_events, server_whose_model,
+                     wait_for)
 
 DEPLOY = ROOT / "deploy"
 CHAT = "/v1/chat/completions"
@@ -28,12 +29,6 @@ http {{
     include {folder}/rustinfer.conf;
 }}
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 class Proxy:
@@ -88,11 +83,12 @@ class Nginx(Proxy):
         return [nginx, "-p", str(self.folder), "-c", str(self.folder / "nginx.conf")]
 
     def write(self, first_is: str = "") -> None:
-        """deploy/nginx.conf with our ports."""
+        """deploy/nginx.conf with our addresses."""
         text = (DEPLOY / "nginx.conf").read_text()
         for shown, real in (("listen 80;", f"listen 127.0.0.1:{self.port};"),
                             ("server rustinfer-1:8000", f"server 127.0.0.1:{self.ports[0]} {first_is}"),
-                            ("server rustinfer-2:8000", f"server 127.0.0.1:{self.ports[1]}")):
+                            ("server rustinfer-2:8000", f"server 127.0.0.1:{self.ports[1]}"),
+                            ("/var/log/nginx/access.log", "/dev/stdout")):
             assert text.count(shown) == 1
             text = text.replace(shown, real)
         (self.folder / "rustinfer.conf").write_text(text)
@@ -154,7 +150,7 @@ class Stream:
         self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
         self.connection.request("POST", CHAT, json.dumps({
             "messages": [{"role": "user", "content": "Hello"}], "stream": True, "max_tokens": max_tokens,
-            "ignore_eos": True}), {"Content-Type": "application/json"})
+            "ignore_eos": True}), {"Content-Type": "application/json", "Accept-Encoding": "gzip"})
         self.response = self.connection.getresponse()
         assert self.response.status == 200
         self.data = b""
@@ -250,11 +246,11 @@ def test_a_replica_that_comes_back_gets_work_again(proxy, replicas, tmp_path):
 
 def test_a_draining_replica_finishes_its_streams_while_new_ones_go_to_the_other(proxy, replicas):
     front = proxy(replicas)
-    streams = start_streams(front.port, 4, max_tokens=200)
+    streams = start_streams(front.port, 4, max_tokens=300)
     assert {stream.replica for stream in streams} == {"replica-1", "replica-2"}
     front.drain_first(replicas[0].process)
     new = start_streams(front.port, 4, max_tokens=5)
-    assert {stream.replica for stream in new} == {"replica-2"}
+    assert {stream.replica for stream in new} == {"replica-2"} and running(replicas[0]) == 2
     assert {stream.finish() for stream in streams + new} == {"length"}
     assert replicas[0].process.wait(20) == 0
 
