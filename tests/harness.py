@@ -123,6 +123,31 @@ class ServerProcess:
         self.process.stderr.close()
 
 
+WRAPPER = """
+import sys, time
+sys.path.insert(0, {root!r})
+import rustinfer
+
+run, runs = rustinfer.Llama.run, iter(range(10**9))
+
+def changed_run(self, batch):
+    {change}
+    return run(self, batch)
+
+rustinfer.Llama.run = changed_run
+sys.exit(rustinfer.main())
+"""
+
+
+@contextlib.contextmanager
+def server_whose_model(change: str, tmp_path: Path, *flags: str, model: Path = REFERENCES / "llama3-tied"):
+    """A server process whose every forward pass begins with a line of Python."""
+    script = tmp_path / "changed.py"
+    script.write_text(WRAPPER.format(root=str(ROOT), change=change))
+    with ServerProcess("--device", "cpu", *flags, model=model, script=script) as server:
+        yield server
+
+
 @contextlib.contextmanager
 def local_server(llm=None, **options):
     """A server in this process, on any port, which ends without waiting for its requests."""
@@ -149,6 +174,13 @@ def slowed(llm, seconds: float):
         yield llm
     finally:
         del llm.engine._run
+
+
+def free_port() -> int:
+    """A port for a program that cannot pick one and tell."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def wait_for(condition, timeout: float = 10) -> float:

@@ -9,33 +9,10 @@ import time
 
 import pytest
 import rustinfer
-from harness import (REFERENCES, ROOT, RawConnection, ServerProcess, chat_body, local_server, parse_events, slowed,
-                     streamed_text, wait_for)
+from harness import (REFERENCES, ROOT, RawConnection, ServerProcess, chat_body, local_server, parse_events,
+                     server_whose_model, slowed, streamed_text, wait_for)
 
 CHAT = "/v1/chat/completions"
-WRAPPER = """
-import sys, time
-sys.path.insert(0, {root!r})
-import rustinfer
-
-run, runs = rustinfer.Llama.run, iter(range(10**9))
-
-def changed_run(self, batch):
-    {change}
-    return run(self, batch)
-
-rustinfer.Llama.run = changed_run
-sys.exit(rustinfer.main())
-"""
-
-
-@contextlib.contextmanager
-def server_whose_model(change: str, tmp_path, *flags: str):
-    """A server process whose every forward pass begins with a line of Python."""
-    script = tmp_path / "changed.py"
-    script.write_text(WRAPPER.format(root=str(ROOT), change=change))
-    with ServerProcess("--device", "cpu", *flags, model=REFERENCES / "llama3-tied", script=script) as server:
-        yield server
 
 
 def start(server, stream: bool = True, max_tokens: int = 30) -> RawConnection:
