@@ -1293,6 +1293,16 @@ class AttentionGroup:
         return cls(to_device(tokens), to_device(tables), [context for _, _, context in members], to_device(mask))
 
 
+def available_memory() -> int:
+    """Bytes that this process may still take: of the machine, and of its container's limit (cgroup v2)."""
+    available, folder = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no limit
+        limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+        parts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(parts["file"]))  # the kernel takes its file cache back
+    return max(0, available)
+
+
 class ArrayBackend:
     """Every op once, as array expressions: the specification, and what runs without kernels.
 
@@ -1338,7 +1348,7 @@ class ArrayBackend:
     def bytes_for_cache(self, gpu_memory_utilization: float) -> int:
         """Memory that the KV cache may take: a quarter of what the host has free, or the card's share."""
         if self.on_host:
-            return psutil.virtual_memory().available // 4
+            return available_memory() // 4
         free, total = self.xp.cuda.runtime.memGetInfo()
         return int(free - (1 - gpu_memory_utilization) * total)
 

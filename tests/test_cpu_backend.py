@@ -20,7 +20,7 @@ from make_references import random_checkpoint
 
 import rustinfer
 from rustinfer import (FLOAT32, LLM, PAIRS, TILED, CpuBackend, EngineConfig, HugePages, KernelCompiler, KernelError,
-                       ModelConfig, check_kernels, open_kernels, pick_backend, usable_cores)
+                       ModelConfig, check_kernels, open_kernels, pick_backend, available_memory, usable_cores)
 
 TINY = REFERENCES / "llama3-tied"
 TEXT = "The river runs down to the sea"
@@ -678,6 +678,14 @@ def test_no_more_cores_are_used_than_the_containers_quota_allows(monkeypatch, qu
     own = usable_cores()
     files["cpu.max"] = quota
     assert usable_cores() == min(own, most)
+
+
+@pytest.mark.parametrize("limit, used, left", [("1000000", "400000", 650_000), ("300000", "900000", 0),
+                                               ("max", "400000", None), ("", "", None)])
+def test_no_more_memory_is_taken_for_free_than_the_containers_limit_leaves(monkeypatch, limit, used, left):
+    files = {"memory.max": limit, "memory.current": used, "memory.stat": "anon 350000\nfile 50000"}
+    monkeypatch.setattr(Path, "read_text", lambda path, *args, **options: files[path.name])
+    assert available_memory() == left if left is not None else available_memory() > 1 << 20
 
 
 def test_opening_and_closing_leaves_no_thread_no_file_and_no_memory():
