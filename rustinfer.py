@@ -26,7 +26,7 @@ Sections, each using only the ones above it
   Errors, Settings
   I.   from text to the next token:  Tokenizer, Chat template, Checkpoint, Backend, CUDA, CPU, Model, Sampler, Grammar
   II.  many requests at once:        KV cache, Scheduler, Metrics, Runner, Engine
-  III. the wire:                     API, Access, LLM, Server, CLI
+  III. the wire:                     API, Responses, Messages, Access, LLM, Server, CLI
 
 Letters: T tokens in the step, B sequences, H query heads, K KV heads, D head_dim, C hidden_size,
 F intermediate_size (or any output width), V vocab, L layers, N blocks, S block size.
@@ -4670,6 +4670,14 @@ def read_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
     return []
 
 
+class CallRules(NamedTuple):
+    """What counts as a tool call in an answer."""
+
+    names: frozenset[str] = frozenset()
+    parallel: bool = True
+    strict: bool = False
+
+
 class ToolStream:
     """Tells text from tool calls while it comes: whatever the pieces are, the result is the same.
 
@@ -4683,12 +4691,14 @@ class ToolStream:
     STRICT_START = re.compile(r'(\[\s{0,9})?\{"name": "[\w.-]{1,64}", "(parameters|arguments)": ', re.ASCII)
     TAIL = 128  # characters in which a call's beginning may still be incomplete: more than START can take
 
-    def __init__(self, names: Iterable[str], parallel: bool = True, strict: bool = False):
-        self._names, self._parallel, self._held, self._is_call = frozenset(names), parallel, "", False
-        self._start = self.STRICT_START if strict else self.START
+    def __init__(self, rules: CallRules):
+        self._rules, self._held, self._is_call = rules, "", False
+        self._start = self.STRICT_START if rules.strict else self.START
 
     def push(self, text: str) -> str:
         """The text that is surely no call."""
+        if not self._rules.names:
+            return text
         self._held += text
         if self._is_call:
             return ""
@@ -4706,8 +4716,8 @@ class ToolStream:
     def finish(self) -> tuple[str, list[ToolCall]]:
         """The rest of the text, and the calls."""
         readable = self._is_call and len(self._held) <= self.MAX_CALL_TEXT
-        calls = read_calls(self._held, self._names) if readable else []
-        return ("", calls if self._parallel else calls[:1]) if calls else (self._held, [])
+        calls = read_calls(self._held, self._rules.names) if readable else []
+        return ("", calls if self._rules.parallel else calls[:1]) if calls else (self._held, [])
 
 
 def parse_stop(value: Any) -> tuple[str, ...]:
@@ -4857,8 +4867,7 @@ class GenerationRequest:
     metadata: dict[str, str]
     structure: Structure | None = None
     conversation: dict[str, Any] | None = None  # arguments of ChatTemplate.encode
-    tools: list[dict] = ()
-    parallel_tool_calls: bool = True
+    calls: CallRules = CallRules()
     prompts: list[str | list[int]] = ()
     echo: bool = False
 
@@ -4891,10 +4900,11 @@ def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
     conversation = parse_conversation(given)
     tools, forced = offered_tools(conversation["tools"], given)
-    return parse_generation(given, defaults, limits.pop() if limits else None, logprobs,
-                            conversation={**conversation, "tools": tools}, tools=tools,
-                            structure=parse_structure(given, tools, forced),
-                            parallel_tool_calls=given.get("parallel_tool_calls", True))
+    structure = parse_structure(given, tools, forced)
+    calls = CallRules(frozenset(tool["function"]["name"] for tool in tools), given.get("parallel_tool_calls", True),
+                      structure is not None and structure.kind == "calls")
+    return parse_generation(given, defaults, limits.pop() if limits else None, logprobs, structure=structure,
+                            conversation={**conversation, "tools": tools}, calls=calls)
 
 
 def parse_prompts(value: Any) -> list[str | list[int]]:
@@ -4949,14 +4959,54 @@ def event(value: dict) -> bytes:
     return b"data: " + json.dumps(value, separators=(",", ":")).encode() + b"\n\n"
 
 
-class Reply:
-    """Builds the objects of one answer with its choices: all carry the same id, created and model."""
+def named_event(kind: str, value: dict) -> bytes:
+    """A server-sent event with a name, which its data repeats as `type`."""
+    return b"event: " + kind.encode() + b"\n" + event({"type": kind, **value})
 
-    PREFIX = OBJECT = CHUNK = ""
+
+class Reply:
+    """Builds the objects of one answer with its choices; whole or in events, they say the same."""
+
+    PREFIX = ""
+
+    def __init__(self, group: Group, model: str):
+        self.group, self.model, self.created = group, model, int(time.time())
+        self.id = self.PREFIX + secrets.token_hex(12)
+
+    def whole(self) -> dict:
+        """The answer at once."""
+        raise NotImplementedError
+
+    def first_events(self) -> bytes:
+        """What comes before any text."""
+        return b""
+
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        """Text of a choice, with its tokens' log-probabilities where those are wanted."""
+        raise NotImplementedError
+
+    def end_events(self, index: int) -> bytes:
+        """A choice is complete."""
+        raise NotImplementedError
+
+    def last_events(self) -> bytes:
+        """Every choice is complete."""
+        raise NotImplementedError
+
+    def error_event(self, error: APIError) -> bytes:
+        """The last event of a stream that failed."""
+        return event(error.body())
+
+
+class ChunkReply(Reply):
+    """Answers in chunks that all carry the same id, created and model."""
+
+    OBJECT = CHUNK = ""
 
     def __init__(self, group: Group, model: str, include_usage: bool = False):
-        self.group, self.id, self._include_usage = group, self.PREFIX + secrets.token_hex(12), include_usage
-        self._head = {"id": self.id, "object": self.CHUNK, "created": int(time.time()), "model": model,
+        super().__init__(group, model)
+        self._include_usage = include_usage
+        self._head = {"id": self.id, "object": self.CHUNK, "created": self.created, "model": model,
                       "system_fingerprint": f"rustinfer-{__version__}"}
         self._frames = [self._frame(index) for index in range(len(group.places))]
 
@@ -4973,7 +5023,6 @@ class Reply:
         raise NotImplementedError
 
     def whole(self) -> dict:
-        """The answer at once."""
         choices = [self._choice(index, answer) for index, answer in enumerate(self.group.answers)]
         return {**self._head, "object": self.OBJECT, "choices": choices, "usage": usage_object(self.group)}
 
@@ -4981,12 +5030,7 @@ class Reply:
         usage = {"usage": None} if self._include_usage else {}
         return event({**self._head, "choices": [choice], **usage})
 
-    def first_events(self) -> bytes:
-        """What comes before any text."""
-        return b""
-
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
-        """Text of a choice, with its tokens' log-probabilities where those are wanted."""
         answer = self.group.places[index]
         if answer.wants_logprobs and (shown := answer.shown(tokens)):
             return self._event(self._chunk(index, text, self._logprobs(index, shown), None))
@@ -4996,7 +5040,6 @@ class Reply:
         return before + json.dumps(text).encode() + after
 
     def end_events(self, index: int) -> bytes:
-        """A choice is complete."""
         return self._event(self._chunk(index, "", None, self.group.places[index].finish_reason))
 
     def last_events(self) -> bytes:
@@ -5004,26 +5047,22 @@ class Reply:
         return usage + b"data: [DONE]\n\n"
 
 
-class ChatReply(Reply):
+class ChatReply(ChunkReply):
     """chat.completion and its chunks."""
 
     PREFIX, OBJECT, CHUNK = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, group: Group, model: str, include_usage: bool = False, tools: Seq[dict] = (),
-                 parallel: bool = True, strict: bool = False):
+    def __init__(self, group: Group, model: str, include_usage: bool = False, calls: CallRules = CallRules()):
         super().__init__(group, model, include_usage)
-        names = [tool["function"]["name"] for tool in tools]
-        self._streams = [ToolStream(names, parallel, strict) for _ in group.places] if names else None
+        self._streams = [ToolStream(calls) for _ in group.places]
 
     def _choice(self, index: int, answer: Answer) -> dict:
-        message, reason = {"role": "assistant", "content": answer.text, "refusal": None}, answer.finish_reason
-        if self._streams:
-            text = self._streams[index].push(answer.text)
-            rest, calls = self._streams[index].finish()
-            message["content"] = text + rest
-            if calls:
-                message |= {"content": text + rest or None, "tool_calls": [self._call(call) for call in calls]}
-                reason = "tool_calls"
+        text = self._streams[index].push(answer.text)
+        rest, calls = self._streams[index].finish()
+        message, reason = {"role": "assistant", "content": text + rest, "refusal": None}, answer.finish_reason
+        if calls:
+            message |= {"content": text + rest or None, "tool_calls": [self._call(call) for call in calls]}
+            reason = "tool_calls"
         return {"index": index, "message": message, "logprobs": self._logprobs(index, answer.shown(answer.tokens)),
                 "finish_reason": reason}
 
@@ -5033,11 +5072,9 @@ class ChatReply(Reply):
                 "function": {"name": call.name, "arguments": call.arguments}}
 
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
-        return super().text_event(index, self._streams[index].push(text) if self._streams else text, tokens)
+        return super().text_event(index, self._streams[index].push(text), tokens)
 
     def end_events(self, index: int) -> bytes:
-        if not self._streams:
-            return super().end_events(index)
         rest, calls = self._streams[index].finish()
         events = super().text_event(index, rest)
         for number, call in enumerate(calls):
@@ -5060,14 +5097,10 @@ class ChatReply(Reply):
 
     def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
         answer = self.group.places[index]
-        if not answer.wants_logprobs:
-            return None
-        return {"content": [{**answer.logprob_entry(token.token_id, token.logprob),
-                             "top_logprobs": [answer.logprob_entry(*pair) for pair in token.top]} for token in tokens],
-                "refusal": None}
+        return {"content": answer.logprob_entries(tokens), "refusal": None} if answer.wants_logprobs else None
 
 
-class CompletionReply(Reply):
+class CompletionReply(ChunkReply):
     """text_completion, whole and in chunks."""
 
     PREFIX, OBJECT, CHUNK = "cmpl-", "text_completion", "text_completion"
@@ -5120,6 +5153,585 @@ class CompletionReply(Reply):
             return None
         entries = [answer.logprob_entry(*pair) for pair in (*token.top, (token.token_id, token.logprob))]
         return {entry["token"]: entry["logprob"] for entry in entries}
+
+
+# ==============================================================================
+# Responses -- OpenAI's second dialect, stateless: to a chat request, and back from its answer
+# uses: Errors, Settings, Sampler, API
+# ==============================================================================
+
+PASSED_OVER = ("model", "stream", "metadata", "user", "parallel_tool_calls", "top_logprobs", "logit_bias",
+               "structured_outputs", *PASSED_ON)  # fields that mean the same in every dialect
+RESPONSE_FIELDS = {**{name: CHAT_FIELDS[name] for name in PASSED_OVER}, **{f.name: f for f in (
+    Field("input", "any", neutral=()),
+    Field("instructions", "string"),
+    Field("max_output_tokens", "integer", 1, 1 << 31),
+    Field("include", "array", 0, 16),
+    Field("text", "object"),
+    Field("tools", "array", 0, MAX_TOOLS),
+    Field("tool_choice", "any"),
+    Field("stream_options", "object"),
+    Field("store", "unsupported", neutral=(None, False)),
+    Field("background", "unsupported", neutral=(None, False)),
+    Field("truncation", "unsupported", neutral=(None, "disabled")),
+    Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
+    Field("reasoning", "unsupported", neutral=(None, {}, {"effort": "none"}, {"effort": None})),
+    *(Field(name, "unsupported") for name in (
+        "previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management", "moderation", "image",
+        "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "access_programs",
+        "background_options", "prompt_cache_diagnostics")))}}
+ITEM_FIELDS = {  # by type; of what an answer gave, ids and statuses come back and mean nothing here
+    "message": {f.name: f for f in (
+        Field("type", "string"), Field("role", "string"), Field("content", "any"), Field("id", "string"),
+        Field("status", "string"), Field("phase", "unsupported"))},
+    "function_call": {f.name: f for f in (
+        Field("type", "string"), Field("call_id", "string"), Field("name", "string"), Field("arguments", "string"),
+        Field("id", "string"), Field("status", "string"), Field("namespace", "unsupported"),
+        Field("caller", "unsupported"), Field("async", "unsupported", neutral=(None, False)))},
+    "function_call_output": {f.name: f for f in (
+        Field("type", "string"), Field("call_id", "string"), Field("output", "any"), Field("id", "string"),
+        Field("name", "string"), Field("status", "string"), Field("namespace", "unsupported"),
+        Field("caller", "unsupported"))}}
+RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
+    Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
+    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
+TEXT_FIELDS = {f.name: f for f in (
+    Field("format", "object", neutral=(None, {"type": "text"})),
+    Field("verbosity", "unsupported", neutral=(None, "medium")))}
+FORMAT_FIELDS = {**SCHEMA_FIELDS, "type": Field("type", "string")}
+STREAM_FIELDS = {"include_obfuscation": Field("include_obfuscation", "unsupported", neutral=(None, False))}
+LOGPROBS_INCLUDED = "message.output_text.logprobs"
+
+
+@contextlib.contextmanager
+def errors_about(renamed: dict[str, str]) -> Iterator[None]:
+    """Errors about a translated request name the fields of the one that came: the longest name that fits is changed."""
+    try:
+        yield
+    except APIError as error:
+        for inner in sorted(renamed, key=len, reverse=True):
+            if error.param and re.match(re.escape(inner) + r"(?![\w])", error.param):
+                param = renamed[inner] + error.param[len(inner) :].replace(".function", "")
+                error.args = (str(error).replace(error.param, param),)
+                error.param = param
+                break
+        raise
+
+
+def plain_parts(content: Any, kinds: Seq[str], where: str, extra: Iterable[str] = ()) -> Any:
+    """Text parts of a dialect as the chat route's; anything else is left for its checks."""
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind not in kinds:
+            raise APIError(f"{where}[{index}].type is {shorten(kind)}; {' and '.join(kinds)} are supported",
+                           f"{where}[{index}].type", code="unsupported_value")
+        if unknown := set(part) - {"type", "text", *extra}:
+            name = f"{where}[{index}].{shorten(min(unknown))}"
+            raise UnsupportedError(f"{name} is not a parameter that this server knows", name)
+        parts.append({"type": "text", "text": part.get("text")})
+    return parts
+
+
+def item_message(item: Any, where: str) -> dict:
+    """One input item as a chat message."""
+    kind = item.get("type", "message") if isinstance(item, dict) else None
+    if not isinstance(kind, str) or kind not in ITEM_FIELDS:
+        raise APIError(f"{where}.type is {shorten(kind)}; {', '.join(ITEM_FIELDS)} are supported", f"{where}.type",
+                       code="unsupported_value")
+    given = check_fields(item, ITEM_FIELDS[kind], where + ".")
+    if kind == "function_call":
+        function = {name: given.get(name) for name in ("name", "arguments")}
+        call = {"id": given.get("call_id", ""), "type": "function", "function": function}
+        return {"role": "assistant", "tool_calls": [call]}
+    parts = functools.partial(plain_parts, kinds=("input_text", "output_text"), extra=("annotations", "logprobs"))
+    if kind == "function_call_output":
+        named = {name: given[key] for name, key in (("tool_call_id", "call_id"), ("name", "name")) if key in given}
+        return {"role": "tool", **named, "content": parts(given.get("output"), where=where + ".output")}
+    return {"role": given.get("role"), "content": parts(given.get("content"), where=where + ".content")}
+
+
+def input_messages(given: dict) -> tuple[list[dict], list[str]]:
+    """instructions and input as chat messages, and the field that each came from."""
+    messages, places = [], []
+    if "instructions" in given:
+        messages.append({"role": "system", "content": given["instructions"]})
+        places.append("instructions")
+    items = given.get("input")
+    if isinstance(items, str):
+        items = [{"role": "user", "content": items}]
+    if not isinstance(items, list) or not items:
+        raise APIError("input is missing; text or a list of at least one item is expected", "input")
+    for index, item in enumerate(items):
+        message = item_message(item, f"input[{index}]")
+        if "tool_calls" in message and messages and "tool_calls" in messages[-1]:  # calls of one turn
+            messages[-1]["tool_calls"] += message["tool_calls"]
+        else:
+            messages.append(message)
+            places.append(f"input[{index}]")
+    return messages, places
+
+
+def nested_tools(tools: list) -> list[dict]:
+    """Function tools as the chat route has them."""
+    nested = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function":
+            raise APIError(f"{where} is {shorten(tool)}; type function is supported", where, code="unsupported_value")
+        function = check_fields(tool, RESPONSE_TOOL_FIELDS, where + ".")
+        del function["type"]
+        nested.append({"type": "function", "function": function})
+    return nested
+
+
+def nested_choice(choice: Any) -> Any:
+    """tool_choice as the chat route has it."""
+    if not isinstance(choice, dict):
+        return choice
+    nest = lambda one: {"type": "function", "function": {"name": one.get("name")}} if isinstance(one, dict) and one.get(
+        "type") == "function" else one
+    if choice.get("type") == "allowed_tools":
+        tools = choice.get("tools")
+        return {"type": "allowed_tools", "allowed_tools": {
+            "mode": choice.get("mode"), "tools": [nest(one) for one in tools] if isinstance(tools, list) else tools}}
+    return nest(choice)
+
+
+def response_format(given: dict) -> dict:
+    """text.format as the chat route's response_format."""
+    wanted = check_fields(check_fields(given.get("text", {}), TEXT_FIELDS, "text.").get("format", {}), FORMAT_FIELDS,
+                          "text.format.")
+    if not wanted:
+        return {}
+    kind = wanted.pop("type", None)
+    schema = {"json_schema": wanted} if kind == "json_schema" else {}
+    if wanted and not schema:
+        raise APIError(f"text.format.{min(wanted)} is allowed only with type json_schema", f"text.format.{min(wanted)}")
+    return {"response_format": {"type": kind, **schema}}
+
+
+def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
+    """The chat request that a request for a response is."""
+    given = check_fields(values, RESPONSE_FIELDS)
+    messages, places = input_messages(given)
+    check_fields(given.get("stream_options", {}), STREAM_FIELDS, "stream_options.")
+    for index, name in enumerate(given.get("include", [])):
+        if name != LOGPROBS_INCLUDED:
+            raise UnsupportedError(f"include[{index}] is {shorten(name)}; {LOGPROBS_INCLUDED} is supported",
+                                   f"include[{index}]", code="unsupported_value")
+    chat = {name: given[name] for name in PASSED_OVER if name in given}
+    chat |= {"messages": messages, **response_format(given)}
+    chat |= {"max_tokens": given["max_output_tokens"]} if "max_output_tokens" in given else {}
+    chat |= {"tools": nested_tools(given["tools"])} if "tools" in given else {}
+    chat |= {"tool_choice": nested_choice(given["tool_choice"])} if "tool_choice" in given else {}
+    chat |= {"logprobs": True} if given.get("include") else {}
+    renamed = {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
+               "response_format.json_schema": "text.format", "messages": "input", **{
+                   f"messages[{index}]": place for index, place in enumerate(places)}}
+    with errors_about(renamed):
+        return parse_chat(chat, defaults)
+
+
+class ResponseReply(Reply):
+    """A response and its typed events; the object at the end is made of what the events said."""
+
+    PREFIX = "resp_"
+
+    def __init__(self, group: Group, model: str, values: dict, request: GenerationRequest):
+        super().__init__(group, model)
+        self._values, self._params, self._stream = values, request.params, ToolStream(request.calls)
+        self._number, self._output = 0, []  # events so far; items, the last one may be growing
+        self._message: dict | None = None
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        return named_event(kind, {**fields, "sequence_number": self._number - 1})
+
+    def _object(self, status: str, usage: dict | None = None) -> dict:
+        """The response as it is now."""
+        given, reason = self._values, {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": self.id, "object": "response", "created_at": self.created, "status": status, "model": self.model,
+            "output": self._output, "usage": usage, "error": None, "incomplete_details": reason, "store": False,
+            "background": False, "previous_response_id": None, "truncation": "disabled", "service_tier": "default",
+            "reasoning": {"effort": None, "summary": None}, "temperature": self._params.temperature,
+            "top_p": self._params.top_p, "top_logprobs": given.get("top_logprobs") or 0,
+            "tool_choice": given.get("tool_choice") or "auto", "tools": given.get("tools") or [],
+            "text": given.get("text") or {"format": {"type": "text"}}, "metadata": given.get("metadata") or {},
+            "parallel_tool_calls": given.get("parallel_tool_calls", True) is not False,
+            **{name: given.get(name) for name in ("instructions", "max_output_tokens", "user")}}
+
+    def first_events(self) -> bytes:
+        now = self._object("in_progress")
+        return self._event("response.created", response=now) + self._event("response.in_progress", response=now)
+
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        return self._text(self._stream.push(text), tokens)
+
+    def _text(self, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        answer = self.group.places[0]
+        entries = answer.logprob_entries(answer.shown(tokens)) if answer.wants_logprobs else []
+        if not text and not entries:
+            return b""
+        events = b"" if self._message else self._open()
+        part = self._message["content"][0]
+        part["text"] += text
+        part["logprobs"] += entries
+        return events + self._event("response.output_text.delta", **self._place(), content_index=0, delta=text,
+                                    logprobs=entries)
+
+    def _place(self) -> dict:
+        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+
+    def _open(self) -> bytes:
+        """Begin the message."""
+        part = {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+        self._message = {"id": "msg_" + secrets.token_hex(12), "type": "message", "status": "in_progress",
+                         "role": "assistant", "content": []}
+        self._output.append(self._message)
+        events = self._event("response.output_item.added", output_index=0, item=self._message)
+        events += self._event("response.content_part.added", **self._place(), content_index=0, part=part)
+        self._message["content"] = [part]
+        return events
+
+    def end_events(self, index: int) -> bytes:
+        rest, calls = self._stream.finish()
+        events = self._text(rest)
+        if not self._message and not calls:
+            events += self._open()
+        status = "incomplete" if self.group.places[0].finish_reason == "length" and not calls else "completed"
+        if self._message:
+            events += self._close(status)
+        return events + b"".join(map(self._call, calls))
+
+    def _close(self, status: str) -> bytes:
+        self._message["status"], part, place = status, self._message["content"][0], self._place()
+        return (self._event("response.output_text.done", **place, content_index=0, text=part["text"],
+                            logprobs=part["logprobs"])
+                + self._event("response.content_part.done", **place, content_index=0, part=part)
+                + self._event("response.output_item.done", output_index=place["output_index"], item=self._message))
+
+    def _call(self, call: ToolCall) -> bytes:
+        item = {"id": "fc_" + secrets.token_hex(12), "type": "function_call", "status": "in_progress",
+                "call_id": "call_" + secrets.token_hex(12), "name": call.name, "arguments": ""}
+        self._output.append(item)
+        place = self._place()
+        events = self._event("response.output_item.added", output_index=place["output_index"], item=item)
+        events += self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
+        item |= {"arguments": call.arguments, "status": "completed"}
+        events += self._event("response.function_call_arguments.done", **place, name=call.name,
+                              arguments=call.arguments)
+        return events + self._event("response.output_item.done", output_index=place["output_index"], item=item)
+
+    def _final(self) -> dict:
+        usage = usage_object(self.group)
+        cut = any(item["status"] == "incomplete" for item in self._output)
+        return self._object("incomplete" if cut else "completed", {
+            "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+            "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0}, "total_tokens": usage["total_tokens"],
+            "performance": usage["performance"]})
+
+    def last_events(self) -> bytes:
+        final = self._final()
+        return self._event(f"response.{final['status']}", response=final)
+
+    def whole(self) -> dict:
+        answer = self.group.places[0]
+        self.text_event(0, answer.text, answer.tokens)
+        self.end_events(0)
+        return self._final()
+
+    def error_event(self, error: APIError) -> bytes:
+        return self._event("error", code=error.code, message=str(error), param=error.param)
+
+
+# ==============================================================================
+# Messages -- Anthropic's dialect: to a chat request, and back from its answer
+# uses: Errors, Settings, Sampler, API, Responses
+# ==============================================================================
+
+CACHE_CONTROL = Field("cache_control", "object")  # prefixes are cached without being asked
+MESSAGES_FIELDS = {f.name: f for f in (
+    Field("model", "string"),
+    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+    Field("max_tokens", "integer", 1, 1 << 31, neutral=()),
+    Field("system", "any"),
+    Field("stop_sequences", "array", 0, MAX_STOPS),
+    Field("stream", "boolean"),
+    Field("temperature", "number", 0, 1),
+    Field("top_p", "number", 0, 1),
+    Field("top_k", "integer", 0, 1 << 31),
+    Field("tools", "array", 0, MAX_TOOLS),
+    Field("tool_choice", "object"),
+    Field("metadata", "object"),
+    Field("output_config", "object"),
+    CACHE_CONTROL,
+    Field("thinking", "unsupported", neutral=(None, {"type": "disabled"})),
+    Field("service_tier", "unsupported", neutral=(None, "auto", "standard_only")),
+    Field("speed", "unsupported", neutral=(None, "standard")),
+    *(Field(name, "unsupported") for name in (
+        "container", "diagnostics", "inference_geo", "user_profile_id", "workspace_id", "mcp_servers",
+        "context_management")))}
+COUNT_FIELDS = {name: field for name, field in MESSAGES_FIELDS.items() if name in (
+    "model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control", "speed",
+    "user_profile_id", "workspace_id", "mcp_servers", "context_management")}
+TURN_FIELDS = {f.name: f for f in (Field("role", "string"), Field("content", "any"))}
+BLOCK_FIELDS = {  # by type
+    "text": {f.name: f for f in (
+        Field("type", "string"), Field("text", "string"), CACHE_CONTROL,
+        Field("citations", "unsupported", neutral=(None, [])))},
+    "tool_use": {f.name: f for f in (
+        Field("type", "string"), Field("id", "string"), Field("name", "string"), Field("input", "object"),
+        CACHE_CONTROL, Field("caller", "unsupported", neutral=(None, {"type": "direct"})),
+        Field("toolset_name", "unsupported"))},
+    "tool_result": {f.name: f for f in (
+        Field("type", "string"), Field("tool_use_id", "string"), Field("content", "any"), Field("is_error", "boolean"),
+        CACHE_CONTROL, Field("toolset_name", "unsupported"))}}
+MESSAGE_TOOL_FIELDS = {f.name: f for f in (
+    Field("type", "string", neutral=(None, "custom")), Field("name", "string"), Field("description", "string"),
+    Field("input_schema", "object"), Field("strict", "boolean"), CACHE_CONTROL,
+    Field("eager_input_streaming", "unsupported", neutral=(None, False)),
+    Field("defer_loading", "unsupported", neutral=(None, False)),
+    Field("input_examples", "unsupported", neutral=(None, [])),
+    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])))}
+CHOICE_FIELDS = {f.name: f for f in (
+    Field("type", "string"), Field("name", "string"), Field("disable_parallel_tool_use", "boolean"))}
+OUTPUT_FIELDS = {f.name: f for f in (Field("format", "object"), Field("effort", "unsupported"))}
+MESSAGE_FORMAT_FIELDS = {f.name: f for f in (Field("type", "string"), Field("schema", "object"))}
+CONTROL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("ttl", "string"))}
+MESSAGE_ERRORS = {  # Anthropic's names of errors, by status
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
+
+
+def message_error(error: APIError, request_id: str) -> dict:
+    """An error's body as Anthropic's clients parse it."""
+    kind = MESSAGE_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": str(error), "param": error.param, "code": error.code},
+            "request_id": request_id}
+
+
+def check_control(given: dict, prefix: str) -> None:
+    """cache_control asks for what happens anyway; what it says must be known all the same."""
+    control = check_fields(given.get("cache_control", {}), CONTROL_FIELDS, prefix + "cache_control.")
+    if control and (control.get("type") != "ephemeral" or control.get("ttl", "5m") not in ("5m", "1h")):
+        raise APIError(f"{prefix}cache_control is {shorten(control)}; type ephemeral is supported",
+                       prefix + "cache_control", code="unsupported_value")
+
+
+def check_block(block: Any, kinds: Seq[str], where: str) -> tuple[str, dict]:
+    """A content block's type and its fields."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind not in kinds:
+        raise APIError(f"{where}.type is {shorten(kind)}; {', '.join(kinds)} are supported here", f"{where}.type",
+                       code="unsupported_value")
+    given = check_fields(block, BLOCK_FIELDS[kind], where + ".")
+    check_control(given, where + ".")
+    return kind, given
+
+
+def blocks_of(content: Any, kinds: Seq[str], where: str) -> list[tuple[str, dict, str]]:
+    """Content as blocks: (type, fields, place)."""
+    if isinstance(content, str):
+        return [("text", {"text": content}, where)]
+    if not isinstance(content, list):
+        raise InvalidTypeError(f"{where} must be a string or a list of blocks", where)
+    return [(*check_block(block, kinds, f"{where}[{index}]"), f"{where}[{index}]")
+            for index, block in enumerate(content)]
+
+
+def joined_text(content: Any, where: str) -> str:
+    """Text blocks as one string."""
+    texts = [given.get("text") for _, given, _ in blocks_of(content, ("text",), where)]
+    if not all(isinstance(text, str) for text in texts):
+        raise InvalidTypeError(f"{where} must hold text", where)
+    return "\n".join(texts)
+
+
+def user_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
+    """Results of tools, each a message of its own, and the text between them."""
+    messages = []
+    for kind, given, where in blocks:
+        if kind == "text":
+            messages.append({"role": "user", "content": joined_text([{"type": "text", **given}], where)})
+        else:
+            text = joined_text(given.get("content", ""), where + ".content")
+            failed = "Error: " if given.get("is_error") else ""
+            messages.append({"role": "tool", "tool_call_id": given.get("tool_use_id", ""), "content": failed + text})
+    return messages
+
+
+def assistant_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
+    """Text and calls as one message."""
+    text = "\n".join(joined_text([{"type": "text", **given}], where) for kind, given, where in blocks if kind == "text")
+    calls = [{"id": given.get("id", ""), "type": "function", "function": {
+        "name": given.get("name"), "arguments": json.dumps(given.get("input", {}))}}
+        for kind, given, _ in blocks if kind == "tool_use"]
+    return [{"role": "assistant", **({"content": text} if text or not calls else {}),
+             **({"tool_calls": calls} if calls else {})}]
+
+
+def turn_messages(turns: list, system: Any) -> list[dict]:
+    """system and messages as the chat route has them; turns of one role in a row are one."""
+    messages = [] if system is None else [{"role": "system", "content": joined_text(system, "system")}]
+    for index, turn in enumerate(turns):
+        where = f"messages[{index}]"
+        if not isinstance(turn, dict):
+            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(turn)]}; object is expected", where)
+        given = check_fields(turn, TURN_FIELDS, where + ".")
+        role, place = given.get("role"), where + ".content"
+        if role == "user":
+            found = user_turn(blocks_of(given.get("content"), ("text", "tool_result"), place))
+        elif role == "assistant":
+            found = assistant_turn(blocks_of(given.get("content"), ("text", "tool_use"), place))
+        elif role == "system":
+            found = [{"role": "system", "content": joined_text(given.get("content"), place)}]
+        else:
+            raise APIError(f"{where}.role is {shorten(role)}; user, assistant and system are supported",
+                           where + ".role")
+        for message in found:
+            last = messages[-1] if messages else {}
+            if message["role"] == last.get("role") in ("user", "assistant") and "tool_calls" not in {*message, *last}:
+                last["content"] += "\n" + message["content"]
+            else:
+                messages.append(message)
+    return messages
+
+
+def message_tools(tools: list) -> list[dict]:
+    """Tools as the chat route has them."""
+    nested = []
+    for index, tool in enumerate(tools):
+        where = f"tools[{index}]"
+        if not isinstance(tool, dict) or tool.get("type", "custom") not in (None, "custom"):
+            raise APIError(f"{where} is {shorten(tool)}; type custom is supported", where, code="unsupported_value")
+        given = check_fields(tool, MESSAGE_TOOL_FIELDS, where + ".")
+        check_control(given, where + ".")
+        given.pop("cache_control", None)
+        parameters = {"parameters": given.pop("input_schema")} if "input_schema" in given else {}
+        nested.append({"type": "function", "function": {**given, **parameters}})
+    return nested
+
+
+def message_choice(choice: dict) -> dict:
+    """tool_choice as the chat route's fields."""
+    given = check_fields(choice, CHOICE_FIELDS, "tool_choice.")
+    kind, name = given.get("type"), given.get("name")
+    table = {"auto": "auto", "any": "required", "none": "none",
+             "tool": {"type": "function", "function": {"name": name}}}
+    if kind not in table or (name is not None) != (kind == "tool"):
+        raise APIError(f"tool_choice is {shorten(choice)}; auto, any, none, or tool with a name is expected",
+                       "tool_choice")
+    return {"tool_choice": table[kind], "parallel_tool_calls": not given.get("disable_parallel_tool_use", False)}
+
+
+def parse_message(values: dict, defaults: SamplingParams, fields: dict[str, Field]) -> GenerationRequest:
+    """The chat request that a request for a message is."""
+    given = check_fields(values, fields)
+    for name in ("messages", "max_tokens"):
+        if name in fields and name not in given:
+            raise APIError(f"{name} is missing", name)
+    check_control(given, "")
+    same = ("model", "max_tokens", "stream", "temperature", "top_p", "top_k")
+    chat = {name: given[name] for name in same if name in given}
+    messages = turn_messages(given["messages"], given.get("system"))
+    goes_on = messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]
+    chat |= {"messages": messages, "continue_final_message": goes_on, "stop": given.get("stop_sequences", [])}
+    chat |= {"tools": message_tools(given["tools"])} if "tools" in given else {}
+    chat |= message_choice(given["tool_choice"]) if "tool_choice" in given else {}
+    wanted = check_fields(given.get("output_config", {}), OUTPUT_FIELDS, "output_config.").get("format")
+    if wanted is not None:
+        schema = check_fields(wanted, MESSAGE_FORMAT_FIELDS, "output_config.format.")
+        chat["response_format"] = {"type": schema.pop("type", None), "json_schema": {"name": "answer", **schema}}
+    user = check_fields(given.get("metadata", {}), {"user_id": Field("user_id", "string")}, "metadata.")
+    chat |= {"user": user["user_id"]} if user else {}
+    renamed = {"tools": "tools", "response_format": "output_config.format", "stop": "stop_sequences",
+               "response_format.json_schema": "output_config.format", **{
+                   f"messages[{index}]": "messages" for index in range(len(messages))}}
+    with errors_about(renamed):
+        return parse_chat(chat, defaults)
+
+
+class MessageReply(Reply):
+    """A message and its events; the object at the end is made of what the events said."""
+
+    PREFIX = "msg_"
+
+    def __init__(self, group: Group, model: str, calls: CallRules):
+        super().__init__(group, model)
+        self._stream, self._content = ToolStream(calls), []  # blocks, the last one may be growing
+        self._reason: tuple[str | None, str | None] = None, None  # stop_reason, stop_sequence
+
+    def _usage(self) -> dict:
+        usage = usage_object(self.group)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        return {"input_tokens": usage["prompt_tokens"] - cached, "cache_read_input_tokens": cached,
+                "cache_creation_input_tokens": 0, "output_tokens": usage["completion_tokens"],
+                "performance": usage["performance"]}
+
+    def _object(self) -> dict:
+        reason, sequence = self._reason
+        return {"id": self.id, "type": "message", "role": "assistant", "model": self.model, "content": self._content,
+                "stop_reason": reason, "stop_sequence": sequence, "usage": self._usage()}
+
+    def first_events(self) -> bytes:
+        return named_event("message_start", {"message": self._object()}) + named_event("ping", {})
+
+    def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
+        return self._text(self._stream.push(text))
+
+    def _text(self, text: str) -> bytes:
+        if not text:
+            return b""
+        events = b"" if self._content else self._open({"type": "text", "text": ""})
+        self._content[0]["text"] += text
+        return events + self._delta({"type": "text_delta", "text": text})
+
+    def _open(self, block: dict) -> bytes:
+        events = named_event("content_block_start", {"index": len(self._content), "content_block": block})
+        self._content.append(block)
+        return events
+
+    def _delta(self, delta: dict) -> bytes:
+        return named_event("content_block_delta", {"index": len(self._content) - 1, "delta": delta})
+
+    def _close(self) -> bytes:
+        return named_event("content_block_stop", {"index": len(self._content) - 1})
+
+    def end_events(self, index: int) -> bytes:
+        rest, calls = self._stream.finish()
+        events = self._text(rest)
+        events += self._close() if self._content else b""
+        answer = self.group.places[0]
+        if isinstance(answer.stop_reason, str):
+            self._reason = "stop_sequence", answer.stop_reason
+        else:
+            self._reason = "max_tokens" if answer.finish_reason == "length" else "end_turn", None
+        for call in calls:
+            self._reason = "tool_use", None
+            events += self._open({"type": "tool_use", "id": "toolu_" + secrets.token_hex(12), "name": call.name,
+                                  "input": {}})
+            events += self._delta({"type": "input_json_delta", "partial_json": call.arguments}) + self._close()
+            self._content[-1]["input"] = json.loads(call.arguments)
+        return events
+
+    def last_events(self) -> bytes:
+        reason, sequence = self._reason
+        delta = {"delta": {"stop_reason": reason, "stop_sequence": sequence}, "usage": self._usage()}
+        return named_event("message_delta", delta) + named_event("message_stop", {})
+
+    def whole(self) -> dict:
+        self.text_event(0, self.group.places[0].text)
+        self.end_events(0)
+        return self._object()
+
+    def error_event(self, error: APIError) -> bytes:
+        value = message_error(error, self.id)
+        return named_event("error", {"error": value["error"]})
 
 
 # ==============================================================================
@@ -5393,6 +6005,11 @@ class Answer:
         """A token as OpenAI's objects show it; -9999 stands for minus infinity, which JSON has not."""
         spelled, shown = self._tokenizer.shown_bytes(token_id), None if logprob is None else max(logprob, -9999.0)
         return {"token": spelled.decode(errors="replace"), "logprob": shown, "bytes": list(spelled)}
+
+    def logprob_entries(self, tokens: Seq[Sampled]) -> list[dict]:
+        """Tokens with the likeliest ones in their places."""
+        return [{**self.logprob_entry(token.token_id, token.logprob),
+                 "top_logprobs": [self.logprob_entry(*pair) for pair in token.top]} for token in tokens]
 
     def num_characters(self, token_id: int) -> int:
         """Characters that begin in a token's text."""
@@ -5964,6 +6581,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.http, self.body_read, self.head_sent, self.must_close = None, False, False, False
         self.request_id, self.status, self.facts = secrets.token_hex(8), 0, {}
         self.client: Client | None = None  # once it is known who asks
+        self.reply: Reply | None = None  # of a stream
         self.reader.wait(IDLE_TIMEOUT)
         started = self.since = time.monotonic()
         try:
@@ -6117,11 +6735,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.must_close = self.must_close or isinstance(error, HTTPError)
         try:
             if self.head_sent:  # a stream is open: its last event is the error
-                self.write_stream(event(error.body()))
+                self.write_stream(self.reply.error_event(error))
                 self.end_stream()
                 self.must_close = True
                 return
-            self.respond_json(error.body(), error.status, error.headers)
+            messages = self.http is not None and self.http.path.startswith("/v1/messages")
+            body = message_error(error, self.request_id) if messages else error.body()
+            self.respond_json(body, error.status, error.headers)
         except OSError:
             self.must_close = True
 
@@ -6386,7 +7006,8 @@ class Server:
             "/tokenize": {"POST": self._tokenize}, "/detokenize": {"POST": self._detokenize},
             "/apply-template": {"POST": self._apply_template}, "/v1/capabilities": {"GET": self._capabilities},
             "/openapi.json": {"GET": self._openapi}, "/metrics": {"GET": self._prometheus},
-            "/v1/queue": {"GET": self._queue},
+            "/v1/queue": {"GET": self._queue}, "/v1/responses": {"POST": self._responses},
+            "/v1/messages": {"POST": self._messages}, "/v1/messages/count_tokens": {"POST": self._count_tokens},
         }
         trees = {"/v1/models/": {"GET": self._model}, "/v1/queue/": {"DELETE": self._cancel}}
         routes = table.get(path) or next((found for tree, found in trees.items() if path.startswith(tree)), None)
@@ -6518,9 +7139,35 @@ class Server:
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
         prompt = llm.template.encode(**request.conversation)
-        reply = functools.partial(ChatReply, tools=request.tools, parallel=request.parallel_tool_calls,
-                                  strict=request.structure is not None and request.structure.kind == "calls")
+        reply = functools.partial(ChatReply, include_usage=request.include_usage, calls=request.calls)
         self._generate(handler, llm, request, [prompt], "messages", reply)
+
+    def _responses(self, handler: RequestHandler) -> None:
+        llm = self._ready_llm()
+        values = handler.read_json()
+        request = parse_response(values, llm.default_params)
+        self._check_model(llm, request.model)
+        prompt = llm.template.encode(**request.conversation)
+        reply = functools.partial(ResponseReply, values=values, request=request)
+        self._generate(handler, llm, request, [prompt], "input", reply)
+
+    def _messages(self, handler: RequestHandler) -> None:
+        llm, request = self._read_message(handler, MESSAGES_FIELDS)
+        prompt = llm.template.encode(**request.conversation)
+        reply = functools.partial(MessageReply, calls=request.calls)
+        self._generate(handler, llm, request, [prompt], "messages", reply)
+
+    def _count_tokens(self, handler: RequestHandler) -> None:
+        llm, request = self._read_message(handler, COUNT_FIELDS)
+        handler.respond_json({"input_tokens": len(llm.template.encode(**request.conversation))})
+
+    def _read_message(self, handler: RequestHandler, fields: dict[str, Field]) -> tuple[LLM, GenerationRequest]:
+        llm, version = self._ready_llm(), handler.http.headers.get("anthropic-version", "2023-06-01")
+        if not re.fullmatch(r"20[0-9]{2}-[0-9]{2}-[0-9]{2}", version, re.ASCII):
+            raise APIError(f"anthropic-version is {shorten(version)}; a date such as 2023-06-01 is expected")
+        request = parse_message(handler.read_json(), llm.default_params, fields)
+        self._check_model(llm, request.model)
+        return llm, request
 
     def _completions(self, handler: RequestHandler) -> None:
         llm = self._ready_llm()
@@ -6532,7 +7179,8 @@ class Server:
             self._check_token_ids(llm, prompt, "prompt")
         echoed = [prompt if isinstance(prompt, str) else llm.tokenizer.decode(prompt)
                   for prompt in request.prompts] if request.echo else ()
-        self._generate(handler, llm, request, prompts, "prompt", functools.partial(CompletionReply, echoed=echoed))
+        self._generate(handler, llm, request, prompts, "prompt", functools.partial(
+            CompletionReply, include_usage=request.include_usage, echoed=echoed))
 
     def _generate(self, handler: RequestHandler, llm: LLM, request: GenerationRequest, prompts: Seq[Seq[int]],
                   param: str, make_reply: Callable[..., Reply]) -> None:
@@ -6548,7 +7196,7 @@ class Server:
                 group = Group(llm, prompts, request.params, request.n, param, constraint, client.tenant)
                 try:
                     with self._job(handler, llm, group) as job:
-                        reply = functools.partial(make_reply, group, llm.name, request.include_usage)
+                        reply = functools.partial(make_reply, group, llm.name)
                         (self._stream if request.stream else self._complete)(job, llm, reply)
                 finally:
                     used = group.num_tokens
@@ -6582,8 +7230,8 @@ class Server:
     def _stream(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
         handler, group, interval, ended = job.handler, job.group, llm.config.stream_interval, set()
+        reply = handler.reply = make_reply()
         parts = self._wait_for_first(job, llm)
-        reply = make_reply()
         events, written = reply.first_events(), time.monotonic()
         while True:
             woken = time.monotonic()
@@ -6656,6 +7304,8 @@ class Server:
     # -- utilities
 
     FIELDS = {"/v1/chat/completions": CHAT_FIELDS, "/v1/completions": COMPLETION_FIELDS,
+              "/v1/responses": RESPONSE_FIELDS, "/v1/messages": MESSAGES_FIELDS,
+              "/v1/messages/count_tokens": COUNT_FIELDS,
               "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS, "/apply-template": TEMPLATE_FIELDS}
 
     def _capabilities(self, handler: RequestHandler) -> None:

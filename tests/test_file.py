@@ -61,7 +61,8 @@ def test_every_section_says_what_it_uses():
         seen.append(name)
     assert seen == [
         "Errors", "Settings", "Tokenizer", "Chat template", "Checkpoint", "Backend", "CUDA", "CPU", "Model", "Sampler",
-        "Grammar", "KV cache", "Scheduler", "Metrics", "Runner", "Engine", "API", "Access", "LLM", "Server", "CLI"]
+        "Grammar", "KV cache", "Scheduler", "Metrics", "Runner", "Engine", "API", "Responses",
+        "Messages", "Access", "LLM", "Server", "CLI"]
 
 
 def test_public_things_have_docstrings():

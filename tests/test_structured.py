@@ -13,7 +13,7 @@ import pytest
 from harness import REFERENCES, local_server
 
 import rustinfer
-from rustinfer import Structure
+from rustinfer import CallRules, Structure
 from test_tools import WEATHER
 
 MESSAGES = [{"role": "user", "content": "Tell me something."}]
@@ -310,7 +310,7 @@ def test_strict_calls_are_watched_over_wherever_they_begin(llm, text, allowed):
     structure = rustinfer.parse_structure({}, tools)
     assert structure.param == "tools[0].function.strict"
     assert accepts(llm.grammars.compile(structure), llm.tokenizer, text) is allowed
-    stream = rustinfer.ToolStream(["add", "get_weather"], strict=True)
+    stream = rustinfer.ToolStream(CallRules(frozenset({"add", "get_weather"}), strict=True))
     shown = "".join(map(stream.push, text))
     rest, calls = stream.finish()
     if allowed:
@@ -320,7 +320,7 @@ def test_strict_calls_are_watched_over_wherever_they_begin(llm, text, allowed):
 @pytest.mark.parametrize("text", ['{ "name": "add", "parameters": {"a": 100}}', '[add(a=100)]',
                                   '{"type": "function", "name": "add", "parameters": {"a": "x"}}', '{"name": "add"}'])
 def test_a_call_that_no_grammar_watched_over_is_text_where_tools_are_strict(text):
-    stream = rustinfer.ToolStream(["add"], strict=True)
+    stream = rustinfer.ToolStream(CallRules(frozenset({"add"}), strict=True))
     assert "".join(map(stream.push, text)) + stream.finish()[0] == text
 
 

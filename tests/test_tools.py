@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings, strategies
 
 import rustinfer
-from rustinfer import ToolCall, ToolStream, read_calls
+from rustinfer import CallRules, ToolCall, ToolStream, read_calls
 
 NAMES = ["get_weather", "add", "ns.f", "g"]
 WEATHER = {"type": "function", "function": {
@@ -34,7 +34,7 @@ TEXTS = ["", "Hello", "{", "[", "[1, 2]", "{}", '{"name": "unknown", "parameters
 
 def read(pieces, parallel=True):
     """(content, calls) of a text that comes in pieces."""
-    stream = ToolStream(NAMES, parallel)
+    stream = ToolStream(CallRules(frozenset(NAMES), parallel))
     text = "".join(map(stream.push, pieces))
     rest, calls = stream.finish()
     return text + rest, [(call.name, json.loads(call.arguments)) for call in calls]
