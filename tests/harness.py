@@ -183,6 +183,14 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def client_of(server, kind: str = "OpenAI", **options):
+    """The openai SDK (or its AsyncOpenAI) with a server's address, which asks once; use `with`."""
+    import openai
+
+    options = {"api_key": "unused", "max_retries": 0, "timeout": 60, **options}
+    return getattr(openai, kind)(base_url=server.url + "/v1", **options)
+
+
 def wait_for(condition, timeout: float = 10) -> float:
     """Seconds until the condition holds; an assertion error if it never does."""
     started = time.monotonic()
