@@ -4039,9 +4039,10 @@ class Engine:
         wanted = params.max_tokens
         if length >= limit or (wanted is not None and length + wanted > limit):
             output = f" and max_tokens is {wanted}" if wanted is not None else ", which leaves no room for output"
-            raise ContextLengthError(
+            raise ContextLengthError(  # litellm finds it by its first words, langchain-openai by the code in the text
                 f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
-                "shorten the prompt, lower max_tokens or start with a larger --max-model-len", param)
+                "shorten the prompt, lower max_tokens or start with a larger --max-model-len (context_length_exceeded)",
+                param)
         return params if wanted is not None else dataclasses.replace(
             params, max_tokens=min(self.config.max_tokens, limit - length))
 

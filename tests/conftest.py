@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
-from harness import DEMO, REFERENCES, ServerProcess  # noqa: E402
+from harness import DEMO, REFERENCES, ServerProcess, local_server, slowed  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +28,12 @@ def tiny_server():
     """A server process with a reference model (random weights), shared likewise."""
     with ServerProcess("--device", "cpu", model=REFERENCES / "llama3-tied") as server:
         yield server
+
+
+@pytest.fixture
+def slow_demo():
+    """The demo model in this process and its server, too slow for a long answer to end by itself during a test."""
+    import rustinfer
+
+    with rustinfer.LLM(DEMO, device="cpu") as llm, slowed(llm, 0.03), local_server(llm) as server:
+        yield llm, server

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
 import json
 import os
 import re
@@ -28,19 +30,31 @@ def reference_answers(name: str) -> tuple[dict, dict]:
         return json.loads((folder / "reference.json").read_text(encoding="utf-8")), dict(arrays)
 
 
-def give_up(message: str) -> None:
-    """Skips the test, or fails it where all tools are promised."""
+def give_up(message: str, promise: str = "RUSTINFER_TEST_ALL") -> None:
+    """Skips the test or the module, or fails it where this variable promises that all is there."""
     import pytest
 
-    pytest.fail(message) if os.environ.get("RUSTINFER_TEST_ALL") == "1" else pytest.skip(message)
+    pytest.fail(message) if os.environ.get(promise) == "1" else pytest.skip(message, allow_module_level=True)
 
 
-def need_tool(*names: str) -> str:
-    """The path of a system tool; without it the test is skipped, or fails where all tools are promised."""
+def need_tool(*names: str, promise: str = "RUSTINFER_TEST_ALL") -> str:
+    """The path of a system tool; without it the test is skipped, or fails where it is promised."""
     path = next(filter(None, map(shutil.which, names)), None)
     if path is None:
-        give_up(f"needs {' or '.join(names)}")
+        give_up(f"needs {' or '.join(names)}", promise)
     return path
+
+
+def need_client(name: str):
+    """A module of a client that the extra `clients` installs; without it the module that calls this is skipped."""
+    if importlib.util.find_spec(name) is None:
+        give_up(f"needs {name} (pip install '.[clients]')", "RUSTINFER_TEST_CLIENTS")
+    return importlib.import_module(name)
+
+
+def num_running(llm) -> int:
+    """Requests that the engine works on."""
+    return llm.engine.snapshot()["num_requests_running"]
 
 
 class ServerProcess:
@@ -181,6 +195,14 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def client_of(server, kind: str = "OpenAI", **options):
+    """The openai SDK (or its AsyncOpenAI) with a server's address, which asks once; use `with`."""
+    import openai
+
+    options = {"api_key": "unused", "max_retries": 0, "timeout": 60, **options}
+    return getattr(openai, kind)(base_url=server.url + "/v1", **options)
 
 
 def wait_for(condition, timeout: float = 10) -> float:

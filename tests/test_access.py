@@ -6,7 +6,7 @@ import threading
 
 import openai
 import pytest
-from harness import RawConnection, ServerProcess, local_server, slowed, wait_for
+from harness import RawConnection, ServerProcess, client_of, local_server, slowed, wait_for
 
 import rustinfer
 from rustinfer import Allowance, Client, Limits, RateLimitError, Server, ServerConfig, SettingsError, Tenant
@@ -177,10 +177,10 @@ class TestKeys:
             assert ALICE not in server.log and "wrong-secret" not in server.log
 
     def test_the_client_sees_its_own_error_class(self, server):
-        with openai.OpenAI(base_url=server.url + "/v1", api_key="wrong-secret", max_retries=0) as client:
+        with client_of(server, api_key="wrong-secret") as client:
             with pytest.raises(openai.AuthenticationError):
                 client.models.list()
-        with openai.OpenAI(base_url=server.url + "/v1", api_key=BOB, max_retries=0) as client:
+        with client_of(server, api_key=BOB) as client:
             assert client.models.list().data
 
     def test_equal_prompts_of_two_keys_share_nothing(self, server, tiny_llm):

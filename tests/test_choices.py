@@ -4,7 +4,7 @@ import math
 
 import openai
 import pytest
-from harness import REFERENCES
+from harness import REFERENCES, client_of
 
 import rustinfer
 
@@ -13,7 +13,7 @@ MESSAGES = [{"role": "user", "content": "The river runs down to the sea. " * 12}
 
 @pytest.fixture(scope="module")
 def client(tiny_server):
-    with openai.OpenAI(base_url=tiny_server.url + "/v1", api_key="none", max_retries=0) as client:
+    with client_of(tiny_server) as client:
         yield client
 
 

@@ -4,15 +4,11 @@ import time
 
 import openai
 import pytest
-from harness import RawConnection, chat_body, local_server, slowed
+from harness import RawConnection, chat_body, client_of, local_server, slowed
 
 HELLO = [{"role": "user", "content": "Hello"}]
 OPTIONS = {"model": "llama3-tied", "messages": HELLO, "max_tokens": 8, "temperature": 0,
            "extra_body": {"ignore_eos": True}}
-
-
-def client_of(server, **options) -> openai.OpenAI:
-    return openai.OpenAI(base_url=server.url + "/v1", api_key="unused", **{"max_retries": 0, "timeout": 30, **options})
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +183,7 @@ class TestRetries:
 class TestAsync:
     def run(self, server, job):
         async def with_client():
-            async with openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="unused", max_retries=0,
-                                          timeout=30) as client:
+            async with client_of(server, "AsyncOpenAI") as client:
                 return await job(client)
 
         return asyncio.run(with_client())

@@ -5,11 +5,10 @@ import threading
 import time
 
 import httpx
-import openai
 import prometheus_client.parser
 import pytest
 import trustme
-from harness import RawConnection, ServerProcess, chat_body, local_server, parse_events, slowed, wait_for
+from harness import RawConnection, ServerProcess, chat_body, client_of, local_server, parse_events, slowed, wait_for
 
 import rustinfer
 from rustinfer import SettingsError
@@ -213,8 +212,7 @@ class TestTLS:
         trusted = ssl.create_default_context(cafile=str(files / "ca.pem"))
         with local_server(tiny_llm, ssl_certfile=cert, ssl_keyfile=key) as server:
             assert server.url.startswith("https://")
-            with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0,
-                               http_client=httpx.Client(verify=trusted)) as client:
+            with client_of(server, http_client=httpx.Client(verify=trusted)) as client:
                 options = dict(model="llama3-tied", messages=[{"role": "user", "content": "Hi"}], max_tokens=20,
                                temperature=0, extra_body={"ignore_eos": True})
                 whole = client.chat.completions.create(**options).choices[0].message.content

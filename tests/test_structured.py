@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pydantic
 import pytest
-from harness import REFERENCES, local_server
+from harness import REFERENCES, client_of, local_server
 
 import rustinfer
 from rustinfer import CallRules, Structure
@@ -34,7 +34,7 @@ def server(llm):
 
 @pytest.fixture(scope="module")
 def client(server):
-    with openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client:
+    with client_of(server) as client:
         yield client
 
 
@@ -241,8 +241,7 @@ def test_a_grammar_that_fails_takes_nobody_along(llm):
 def test_the_demo_model_fills_a_schema():
     schema = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 20}}, "required": ["city"],
               "additionalProperties": False}
-    with rustinfer.LLM(None, device="cpu") as llm, local_server(llm) as server, openai.OpenAI(
-            base_url=server.url + "/v1", api_key="none") as client:
+    with rustinfer.LLM(None, device="cpu") as llm, local_server(llm) as server, client_of(server) as client:
         answer = client.chat.completions.create(
             model="demo", temperature=0, max_tokens=60, response_format=schema_format(schema),
             messages=[{"role": "user", "content": "What is the capital of France?"}]).choices[0]
@@ -339,7 +338,7 @@ def test_the_demo_model_makes_a_strict_call_or_answers(demo_server):
 
         city: str
 
-    with openai.OpenAI(base_url=demo_server.url + "/v1", api_key="none", max_retries=0) as client:
+    with client_of(demo_server) as client:
         options = dict(model="demo", tools=[openai.pydantic_function_tool(get_weather)], temperature=0, max_tokens=80)
         question = [{"role": "user", "content": "What is the weather in Paris?"}]
         call, = client.chat.completions.parse(messages=question, **options).choices[0].message.tool_calls

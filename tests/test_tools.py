@@ -1,8 +1,8 @@
 """Tools: what the model is told, what counts as a call, and that streaming changes nothing."""
 import json
 
-import openai
 import pytest
+from harness import client_of
 from hypothesis import given, settings, strategies
 
 import rustinfer
@@ -80,7 +80,7 @@ def test_any_chunking_gives_the_same_calls(text, rng):
 
 @pytest.fixture(scope="module")
 def client(demo_server):
-    with openai.OpenAI(base_url=demo_server.url + "/v1", api_key="none", max_retries=0) as client:
+    with client_of(demo_server) as client:
         yield client
 
 
