@@ -4576,6 +4576,12 @@ def parse_tools(tools: list) -> list[dict]:
     return tools
 
 
+def shown_tools(tools: list[dict]) -> list[dict]:
+    """Tools as the model is told of them: whether calls are watched over is none of its business."""
+    return [{**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+            for tool in tools]
+
+
 def parse_conversation(given: dict) -> dict[str, Any]:
     """What the chat template takes: messages, tools, and how to render them, as arguments of `ChatTemplate.encode`."""
     if "messages" not in given:
@@ -4587,7 +4593,8 @@ def parse_conversation(given: dict) -> dict[str, Any]:
     if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
         raise APIError("continue_final_message needs a last message of role assistant, without tool_calls",
                        "continue_final_message")
-    return {"messages": messages, "tools": parse_tools(given.get("tools", [])), "continue_final_message": goes_on,
+    return {"messages": messages, "tools": shown_tools(parse_tools(given.get("tools", []))),
+            "continue_final_message": goes_on,
             "add_generation_prompt": given.get("add_generation_prompt", not goes_on),
             "variables": check_fields(given.get("chat_template_kwargs", {}), VARIABLE_FIELDS, "chat_template_kwargs.")}
 
@@ -4900,12 +4907,12 @@ def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
         raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
     conversation = parse_conversation(given)
-    tools, forced = offered_tools(conversation["tools"], given)
+    tools, forced = offered_tools(parse_tools(given.get("tools", [])), given)
     structure = parse_structure(given, tools, forced)
     calls = CallRules(frozenset(tool["function"]["name"] for tool in tools), given.get("parallel_tool_calls", True),
                       structure is not None and structure.kind == "calls")
     return parse_generation(given, defaults, limits.pop() if limits else None, logprobs, structure=structure,
-                            conversation={**conversation, "tools": tools}, calls=calls)
+                            conversation={**conversation, "tools": shown_tools(tools)}, calls=calls)
 
 
 def parse_prompts(value: Any) -> list[str | list[int]]:
@@ -5204,19 +5211,25 @@ STREAM_FIELDS = {"include_obfuscation": Field("include_obfuscation", "unsupporte
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
 
-@contextlib.contextmanager
-def errors_about(renamed: dict[str, str]) -> Iterator[None]:
-    """Errors about a translated request name the fields of the one that came: the longest name that fits is changed."""
+def own_name(param: str | None, renamed: dict[str, str]) -> str | None:
+    """The field of the request that came for one of the chat request it became: the longest name that fits counts."""
+    for inner in sorted(renamed, key=len, reverse=True):
+        if param and re.match(re.escape(inner) + r"(?!\w)", param):
+            return renamed[inner] + param[len(inner) :].replace(".function", "")
+    return param
+
+
+def translated(chat: dict, defaults: SamplingParams, renamed: dict[str, str]) -> GenerationRequest:
+    """A chat request made from another dialect's, whose fields the errors name."""
     try:
-        yield
+        request = parse_chat(chat, defaults)
     except APIError as error:
-        for inner in sorted(renamed, key=len, reverse=True):
-            if error.param and re.match(re.escape(inner) + r"(?![\w])", error.param):
-                param = renamed[inner] + error.param[len(inner) :].replace(".function", "")
-                error.args = (str(error).replace(error.param, param),)
-                error.param = param
-                break
+        param = own_name(error.param, renamed)
+        error.args = (str(error).replace(error.param or "\n", param or ""),)
+        error.param = param
         raise
+    structure = request.structure and request.structure._replace(param=own_name(request.structure.param, renamed))
+    return dataclasses.replace(request, structure=structure)
 
 
 def plain_parts(content: Any, kinds: Seq[str], where: str, extra: Iterable[str] = ()) -> Any:
@@ -5332,8 +5345,7 @@ def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
     renamed = {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
                "response_format.json_schema": "text.format", "messages": "input", **{
                    f"messages[{index}]": place for index, place in enumerate(places)}}
-    with errors_about(renamed):
-        return parse_chat(chat, defaults)
+    return translated(chat, defaults, renamed)
 
 
 class ResponseReply(Reply):
@@ -5653,8 +5665,7 @@ def parse_message(values: dict, defaults: SamplingParams, fields: dict[str, Fiel
     renamed = {"tools": "tools", "response_format": "output_config.format", "stop": "stop_sequences",
                "response_format.json_schema": "output_config.format", **{
                    f"messages[{index}]": "messages" for index in range(len(messages))}}
-    with errors_about(renamed):
-        return parse_chat(chat, defaults)
+    return translated(chat, defaults, renamed)
 
 
 class MessageReply(Reply):

@@ -286,7 +286,7 @@ class RawConnection:
             body, self.buffer = self.buffer[:size], self.buffer[size:]
         if headers.get("content-type") == "application/json":
             body = json.loads(body)
-            if status >= 400 and "status" not in body:
+            if status >= 400 and "status" not in body and body.get("type") != "error":  # Anthropic's has it
                 check_error(body["error"])
         return status, headers, body
 
