@@ -4243,7 +4243,7 @@ ABSENT = (None,)  # values of a field that mean the same as leaving it out
 
 
 class Field(NamedTuple):
-    """One request field: its JSON type, its range, and the values that ask for nothing.
+    """One request field: its JSON type, its range, and the values that ask for nothing (none: it is needed).
 
     A field with kind `unsupported` is known but refused unless its value is one of `neutral`.
     """
@@ -4315,7 +4315,7 @@ TEMPLATE_FIELDS = {f.name: f for f in (
     Field("chat_template_kwargs", "object"))}
 TOKENIZE_FIELDS = {**TEMPLATE_FIELDS, **{f.name: f for f in (
     Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))}}
-DETOKENIZE_FIELDS = {f.name: f for f in (Field("model", "string"), Field("tokens", "array", 0, 1 << 20))}
+DETOKENIZE_FIELDS = {f.name: f for f in (Field("model", "string"), Field("tokens", "array", 0, 1 << 20, neutral=()))}
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
               type(None): "null"}
 
@@ -4353,7 +4353,7 @@ def openapi_document(posts: dict[str, dict[str, Field]], gets: Iterable[str]) ->
     paths = {path: {"get": {"responses": responses}} for path in gets}
     for path, fields in posts.items():
         known = {name: field_schema(field) for name, field in fields.items() if field.kind != "unsupported"}
-        needed = [name for name in ("messages", "prompt", "tokens") if name in fields and path != "/tokenize"]
+        needed = [name for name, field in fields.items() if field.neutral == () and path != "/tokenize"]
         body = {"type": "object", "properties": known, "required": needed, "additionalProperties": False}
         paths.setdefault(path, {})["post"] = {"requestBody": {"required": True, **JSON_BODY(body)},
                                               "responses": responses}
@@ -7328,7 +7328,8 @@ class Server:
                               "routes": routes})
 
     def _openapi(self, handler: RequestHandler) -> None:
-        plain = ("/health", "/ready", "/version", "/v1/models", "/v1/metrics", "/v1/capabilities")
+        plain = ("/health", "/ready", "/version", "/v1/models", "/v1/metrics", "/metrics", "/v1/queue",
+                 "/v1/capabilities")
         handler.respond_json(openapi_document(self.FIELDS, plain))
 
     def _version(self, handler: RequestHandler) -> None:
