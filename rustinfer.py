@@ -1833,7 +1833,7 @@ class CudaBackend(ArrayBackend):
         with contextlib.suppress(Exception):  # a lost card cannot be waited for
             self.stream.synchronize()
         self._upload = self.buffers = self.state = self.cos_sin = self._modules = self._kernels = None
-        self._ring = self.records = self.masks = None
+        self.records = self.scores = self.masks = None
         super().close()
 
     # -- before the first step
@@ -1888,11 +1888,14 @@ class CudaBackend(ArrayBackend):
         self.buffers.none_given.fill(-1)
         self.state = SeatState(self.xp, seats, self.max_blocks)
         self.masks = SeatMasks(self.xp, self.stream, seats, c.vocab_size)
-        self._ring = self.xp.cuda.alloc_pinned_memory(self.RING * rows * self.RECORD * 4)  # kernels write to it
-        records = np.frombuffer(self._ring, np.int32, self.RING * rows * self.RECORD)
-        self.records = records.reshape(self.RING, rows, self.RECORD)
+        self.records, self.scores = self._make_records(self.RING, rows), self._make_records(tokens)
         table = np.concatenate(rope_tables(c, max_model_len), 1).swapaxes(1, 2)  # (max_model_len, D/2, 2)
         self.cos_sin = self.xp.asarray(np.ascontiguousarray(table))
+
+    def _make_records(self, *shape: int) -> np.ndarray:
+        """Records of sample.cu in pinned memory, which kernels write to."""
+        size = math.prod(shape) * self.RECORD
+        return np.frombuffer(self.xp.cuda.alloc_pinned_memory(4 * size), np.int32, size).reshape(*shape, self.RECORD)
 
     def load_weight(self, parts: Seq[RawTensor]) -> Any:
         rows = [len(part.data) for part in parts]
@@ -2032,9 +2035,27 @@ class CudaBackend(ArrayBackend):
         rows_of = (b.slices, b.logits, step.row_seats)
         self._launch("sample", "sample_scan", (-(-self._num_slices // 8), rows), 256, *rows_of, *parts, b.counts,
                      self.masks.array, state.num_seats)
-        self._launch("sample", "sample_draw", (rows,), 512, np.uint64(self._ring.ptr), b.ring, b.sample_ticket,
-                     state.part("last_token"), state.part("next_position"), b.counts, *rows_of, step.rows, b.positions,
-                     *parts, self.masks.array, state.num_seats, self.records.shape[1])
+        self._launch("sample", "sample_draw", (rows,), 512, np.uint64(self.records.ctypes.data), b.ring,
+                     b.sample_ticket, state.part("last_token"), state.part("next_position"), b.counts, *rows_of,
+                     step.rows, b.positions, *parts, self.masks.array, state.num_seats, self.records.shape[1])
+
+    def score(self, token_ids: Any, num_top: Any, place: int) -> None:
+        """Log-probabilities of given tokens, one a row of the logits, to `scores` from a place on; both (R,) int32."""
+        records, b = np.uint64(self.scores[place:].ctypes.data), self.buffers
+        self._launch("sample", "score", (len(token_ids),), 512, records, b.slices, b.logits, token_ids, num_top)
+
+    def score_step(self, given: list[tuple[int, int, int]], norm: Any, head: Any) -> np.ndarray:
+        """Records of tokens that stand behind tokens of the step that was launched last; waits for them.
+
+        given: (which token of the step, the token behind it, how many to list); they take turns in the logits' memory.
+        """
+        b, lists = self.buffers, self._send(np.array(list(zip(*given)), np.int32))
+        for start in range(0, len(given), len(b.logits)):
+            rows, token_ids, num_top = (lists[i, start : start + len(b.logits)] for i in range(3))
+            self.lm_head(b.x, norm, head, dataclasses.replace(self._step, rows=rows, num_rows=len(rows)))
+            self.score(token_ids, num_top, start)
+        self.stream.synchronize()
+        return self.scores[: len(given)]
 
     def reset_counts(self, seat: int, prompt: list[int], output: list[int]) -> None:
         """Count a sequence's tokens anew, for its penalties."""
@@ -2812,7 +2833,7 @@ class Sampler:
         for start in range(0, len(token_ids), size):
             given, wanted = token_ids[start : start + size], num_top[start : start + size]
             found = self._logprobs(logits[start : start + size], self._backend.to_device(np.array(given)), wanted)
-            scores += [Sampled(token, *found[row], True) for row, token in enumerate(given)]
+            scores += [Sampled(token, *found[row], not math.isnan(found[row][0])) for row, token in enumerate(given)]
         return scores
 
     def _logprobs(self, logits: Any, token_ids: Any, num_top: Seq[int | None]) -> dict[int, tuple[float, tuple]]:
@@ -3694,7 +3715,8 @@ class CudaRunner:
 
     A step in which every sequence decodes is one captured graph, replayed: tokens, positions, block tables and
     parameters lie on the card, and the host sends only what changed (`patch_state`), such as a new block every 16
-    tokens. Any other step is launched kernel by kernel with its tokens and positions.
+    tokens. Any other step is launched kernel by kernel with its tokens and positions. One that scores prompts is waited
+    for: such requests are rare, and their scores are there before anything else can happen to them.
     """
 
     looks_ahead = True
@@ -3827,7 +3849,7 @@ class CudaRunner:
     def _launch_mixed(self, step: Step, seats: list[Seat], complete: list[bool]) -> list[int]:
         """Launch the kernels one by one: single tokens first, then prompts. Which sequences get a token, row by row."""
         self._send_patches()
-        tokens, tiles, rows, drawn = [], [], [], []
+        tokens, tiles, rows, drawn, scored = [], [], [], [], []
         for i in sorted(range(len(seats)), key=lambda i: step.num_scheduled_tokens[i] > 1):
             seq, count = step.sequences[i], step.num_scheduled_tokens[i]
             start, first = seq.num_computed_tokens, len(tokens)
@@ -3838,8 +3860,19 @@ class CudaRunner:
             if complete[i]:
                 rows.append(len(tokens) - 1)
                 drawn.append(i)
+            if seq.num_unscored:
+                scored += [(seq, place, first + place - start) for place in seq.places_to_score(count)]
         self._run(self._backend.mixed_step(tokens, step.num_scheduled_tokens.count(1), tiles, rows))
+        if scored:
+            self._score_prompts(scored)
         return drawn
+
+    def _score_prompts(self, scored: list[tuple[Sequence, int, int]]) -> None:
+        """Keep the log-probabilities behind (sequence, place, which token of the step); such a step is waited for."""
+        given = [(row, seq.token_ids[place + 1], seq.params.prompt_logprobs) for seq, place, row in scored]
+        records = self._backend.score_step(given, self._model.norm, self._model.head)
+        for (seq, *_), head, record in zip(scored, records[:, :4].tolist(), records):
+            seq.prompt_scores.append(self._read(head, record))
 
     def _run(self, step: CudaStep) -> None:
         self._model.run(step)
@@ -4000,9 +4033,6 @@ class Engine:
         `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
         """
         params = self._check(prompt_token_ids, params, param)
-        if self._looks_ahead and params.prompt_logprobs is not None:
-            raise UnsupportedError("log-probabilities of the prompt are not supported with CUDA kernels yet; "
-                                   "--device cpu has them", "echo")
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
             if self.dead:

@@ -1,4 +1,5 @@
-// sample -- one token a row, drawn on the card: penalties, biases, masks, temperature, top_k, min_p, top_p, logprobs.
+// sample -- one token a row, drawn on the card: penalties, biases, masks, temperature, top_k, min_p, top_p, logprobs;
+//           or given, where a prompt is scored: its logprobs, with the bits that it would have if it had been drawn
 //           `Sampler` in rustinfer.py is the array twin; uniform numbers by Philox4x32-10 (Salmon et al. 2011)
 // shapes    logits (R, V) float32, kept as they are; row_seats (R,) int32, the last seat is padding; row_tokens (R,)
 //           int32: which token of the step a row is, NULL: token r; positions (T,) int32
@@ -8,12 +9,14 @@
 //           slices (R, SLICES) uint4: scratch between the two launches; SLICES = ceil(V / 128) while V <= 131072
 //           records (4, max_rows, 44) int32, at place *ring % 4: token, whether the logits are sound, its logprob,
 //           number of top entries (-1: none wanted), their ids [20], their logprobs [20]; float32 as bits; may be the
-//           host's memory
+//           host's memory. Of score: (R, 44); tokens, num_top (R,) int32: each row's token, how many to list
 // launch    sample_scan grid (ceil(SLICES / 8), R), block 256; then sample_draw grid R, block 512: its last block moves
 //           *ring on. *ticket is 0 before and after
 //           reset_counts grid ceil(V / 2048), block 256, when a sequence with penalties takes a seat
+//           score grid R, block 512, alone: it writes `slices` itself
 // bytes     4*R*V, read once; rows with filters or logprobs read the slices where survivors can be some ten times more,
-//           which is next to nothing unless thousands of tokens survive; a row with a mask V/8 more, others none of it
+//           which is next to nothing unless thousands of tokens survive; a row with a mask V/8 more, others none of it;
+//           score the same, by one block
 // numerics  logits in float32, rounded as the twin's. Weights exp((x - top) / temperature) are summed in fixed point,
 //           whose sums have no order: a row's token depends on no other row. log_softmax in float32
 #include "common.cuh"
@@ -638,8 +641,8 @@ __device__ __forceinline__ Goal drawing_goal(const Request &request, bool sound,
   const int top_k = draws ? request.top_k : 1;
   return {true, top_k, request.top_p, request.min_p, request.temperature, philox(request, position)};
 }
-__device__ __forceinline__ Goal listing_goal(const Request &request, bool sound) {
-  return {false, sound ? min(request.num_logprobs, VOCAB) : 0, 1.f, 0.f, 0.f, 0};
+__device__ __forceinline__ Goal listing_goal(int num_top, bool sound) {
+  return {false, sound ? min(num_top, VOCAB) : 0, 1.f, 0.f, 0.f, 0};
 }
 
 // The last of the grid's blocks moves the ring on, when the host can see all records.
@@ -675,7 +678,7 @@ sample_draw(int *records, unsigned *ring, unsigned *ticket, int *last_token, int
     const u64 mass = row_mass(mine, listing ? 1.f : inverse, before);
     const bool is_sound = is_finite(shared.top);
     if (!listing) sound = is_sound; // of what may come: a mask can leave nothing of a sound row
-    const Goal goal = listing ? listing_goal(request, is_sound) : drawing_goal(request, is_sound, position);
+    const Goal goal = listing ? listing_goal(request.num_logprobs, is_sound) : drawing_goal(request, is_sound, position);
     if (goal.is_filtered()) search(goal, mass);
     else if (!listing) draw_by_id(mine, mass, before, goal.word);
     if (listing) record_logprobs(record, logits[(size_t)r * VOCAB + shared.token], goal.top_k, mass);
@@ -692,6 +695,35 @@ sample_draw(int *records, unsigned *ring, unsigned *ticket, int *last_token, int
     if (request.has_penalties && (*count & COUNT_MASK) < COUNT_MASK) *count += 1;
   }
   finish(ring, ticket);
+}
+
+// ---------------------------------------------------------------- score
+
+// A row's second pass in sample_draw, for a token that was not drawn but given.
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+score(int *records, uint4 *slices, const float *logits, const int *tokens, const int *num_top) {
+  pdl_launch();
+  pdl_wait();
+  const int r = blockIdx.x, token = tokens[r];
+  const Row row = plain_row(logits + (size_t)r * VOCAB, VOCAB);
+#pragma unroll 1
+  for (int slice = threadIdx.x / 32; slice < SLICES; slice += WARPS) {
+    float x[PER_LANE];
+    load_slice(x, row, slice);
+    const uint2 raw = summarise(x, slice, 1.f);
+    if (threadIdx.x % 32 == 0) slices[(size_t)r * SLICES + slice] = make_uint4(0, 0, raw.x, raw.y);
+  }
+  __syncthreads();
+  const Summaries mine = load_summaries(slices, r, true);
+  begin(row, 0.f, mine);
+  u64 before;
+  const u64 mass = row_mass(mine, 1.f, before);
+  const bool sound = is_finite(shared.top);
+  const Goal goal = listing_goal(num_top[r], sound);
+  if (goal.is_filtered()) search(goal, mass);
+  int *record = records + (size_t)r * RECORD;
+  record_logprobs(record, row.values[token], goal.top_k, mass);
+  if (threadIdx.x == 0) record[0] = token, record[1] = sound;
 }
 
 // ---------------------------------------------------------------- reset_counts

@@ -351,6 +351,131 @@ def test_structured_requests_are_served_on_a_card(open_llm):
     assert json.loads(body["choices"][0]["message"]["content"])["label"] in ("north", "south")
 
 
+# ---- prompts that are scored ----------------------------------------------------------------------------------------
+
+
+def scored_requests():
+    """Prompts longer than a scored step and shorter, with equal beginnings, each with its own number of likeliest."""
+    rng, made = np.random.default_rng(8), []
+    stem = rng.integers(0, 331, 150).tolist()
+    for number, (length, count) in enumerate([(150, 3), (1, 2), (2, 0), (17, 20), (70, 1), (33, 0), (131, 5)]):
+        prompt = stem[:length] if number % 2 == 0 else rng.integers(0, 331, length).tolist()
+        made.append((prompt, SamplingParams(prompt_logprobs=count, logprobs=2, seed=number, max_tokens=3 + 9 * number,
+                                            ignore_eos=True, presence_penalty=0.5 * (number % 2))))
+    return made
+
+
+def scored_answer(handle):
+    """The prompt's scores, as they are when the first token comes, and the answer; floats to the bit."""
+    first = handle.take(WAIT)
+    scores = [(token, logprob.hex(), tuple((i, value.hex()) for i, value in top), finite)
+              for token, logprob, top, finite in handle.seq.prompt_scores]
+    assert [score[0] for score in scores] == handle.seq.history[0][1:]
+    return scores, [(token.token_id, token.logprob.hex()) for token in [*first, *handle]]
+
+
+def scored_answers(llm):
+    return [scored_answer(handle) for handle in [llm.engine.submit(*request) for request in scored_requests()]]
+
+
+@pytest.fixture(scope="module")
+def scored_alone(folder):
+    """Each request with the engine to itself, kernel by kernel, one row of logits at a time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "cupy", cupy_cpu)
+        with rustinfer.LLM(folder, device="cuda:0", max_num_seqs=1, max_model_len=256, enforce_eager=True,
+                           no_prefix_caching=True) as llm:
+            return [scored_answer(llm.engine.submit(*request)) for request in scored_requests()]
+
+
+def test_prompts_have_the_scores_of_numpy(scored_alone, folder):
+    """As near as bf16 inputs come; the logprobs of other tokens and places are 3 away, in the mean."""
+    apart, size = [], float.fromhex
+    with rustinfer.LLM(folder, device="cpu", cpu_kernels="off") as host:
+        expected = scored_answers(host)
+    for (_, params), (found, _), (others, _) in zip(scored_requests(), scored_alone, expected):
+        for one, other in zip(found, others, strict=True):
+            assert len(one[2]) == len(other[2]) == params.prompt_logprobs and one[3] and other[3]
+            apart += [size(one[1]) - size(other[1])]
+            apart += [size(a) - size(b) for (_, a), (_, b) in zip(one[2], other[2])]
+    assert len(apart) > 1000 and np.abs(apart).mean() < 0.05 and np.abs(apart).max() < 0.2
+
+
+def test_a_prompt_is_scored_as_if_it_had_been_generated(open_llm):
+    llm, ids = open_llm(), list(range(20))
+    answer = list(llm.engine.submit(ids, SamplingParams(temperature=1, seed=4, logprobs=4, max_tokens=30,
+                                                        ignore_eos=True)))
+    longer = ids + [token.token_id for token in answer]
+    handle = llm.engine.submit(longer, SamplingParams(prompt_logprobs=4, max_tokens=1))
+    list(handle)
+    assert len(handle.seq.prompt_scores) == 49 and handle.seq.prompt_scores[19:] == answer
+
+
+@pytest.mark.parametrize("options", [
+    {}, dict(enforce_eager=True, max_num_batched_tokens=24), dict(max_num_batched_tokens=65, max_num_seqs=8)],
+    ids=["graphs", "eager, chunked", "graphs, chunked"])
+def test_scored_and_other_requests_answer_together_as_alone(open_llm, alone, scored_alone, options):
+    llm = open_llm(**options)
+    for _ in range(2):  # the second time every block is cached
+        others = [llm.engine.submit(*request) for request in requests()]
+        assert scored_answers(llm) == scored_alone
+        assert [answer_of(handle) for handle in others] == alone
+
+
+def test_programmatic_launches_change_no_score(open_llm, scored_alone, monkeypatch):
+    monkeypatch.setattr(cupy_cpu.Device, "compute_capability", "90")
+    monkeypatch.setattr(rustinfer, "KernelLauncher", cupy_cpu.Launcher)
+    assert scored_answers(open_llm()) == scored_alone
+
+
+def test_scoring_reads_and_writes_nothing_beyond_what_the_host_gives_it(open_llm, scored_alone, monkeypatch):
+    monkeypatch.setattr(cupy_cpu, "MODE", ["check"])
+    llm = open_llm(max_num_batched_tokens=80, max_num_seqs=2, enforce_eager=True)
+    assert scored_answer(llm.engine.submit(*scored_requests()[3])) == scored_alone[3]
+
+
+@pytest.mark.parametrize("lengths, num_blocks, counts", [((14, 150), 12, range(1, 149)), ((14,) * 5, 8, [13])],
+                         ids=["while it is scored", "later"])
+def test_a_preempted_sequence_keeps_its_scores(open_llm, monkeypatch, lengths, num_blocks, counts):
+    params = SamplingParams(prompt_logprobs=2, max_tokens=24, ignore_eos=True, temperature=0, logprobs=0)
+    prompts, llm = [list(range(number, number + length)) for number, length in enumerate(lengths)], open_llm()
+    expected = [scored_answer(llm.engine.submit(prompt, params)) for prompt in prompts]
+    llm = open_llm(kv_cache_memory=num_blocks * 2 * 2 * 16 * 64 * 2, max_num_batched_tokens=6)
+    preempt, scored = llm.engine.scheduler._preempt, []
+    monkeypatch.setattr(llm.engine.scheduler, "_preempt",
+                        lambda seq: scored.append(len(seq.prompt_scores)) or preempt(seq))
+    handles = [llm.engine.submit(prompt, params) for prompt in prompts]
+    assert [scored_answer(handle) for handle in handles] == expected
+    assert set(scored) & set(counts)
+
+
+def test_requests_that_end_while_they_are_scored_change_nothing(open_llm, scored_alone):
+    llm, rng, noise, handles = open_llm(max_num_batched_tokens=32), np.random.default_rng(5), [], []
+    for request in scored_requests():
+        handles.append(llm.engine.submit(*request))
+        noise.append(llm.engine.submit(rng.integers(0, 331, 90).tolist(),
+                                       SamplingParams(prompt_logprobs=20, max_tokens=9)))
+        noise[rng.integers(len(noise))].abort()
+    assert [scored_answer(handle) for handle in handles] == scored_alone
+    for handle in noise:
+        handle.abort()
+    assert llm.engine.dead is None
+
+
+def test_an_echoed_prompt_has_its_logprobs_on_a_card(open_llm):
+    llm, fields = open_llm(ROOT / "demo"), dict(echo=True, logprobs=2, max_tokens=2, temperature=0)
+    ids = llm.tokenizer.encode_prompt("The capital of France is")
+    with local_server(llm) as server, RawConnection(server.port) as connection:
+        status, _, body = connection.request("POST", "/v1/completions", {"prompt": ids, **fields})
+    assert status == 200, body
+    shown, expected = body["choices"][0]["logprobs"], llm.generate(ids, prompt_logprobs=2, max_tokens=1)[0]
+    assert body["choices"][0]["text"].startswith(llm.tokenizer.decode(ids))
+    assert shown["token_logprobs"][0] is None and len(shown["tokens"]) == len(ids) + 2
+    for place, entries in enumerate(expected.prompt_logprobs[1:], 1):
+        assert shown["token_logprobs"][place] == entries[ids[place]].logprob
+        assert len(shown["top_logprobs"][place]) >= 2
+
+
 # ---- errors and limits ----------------------------------------------------------------------------------------------
 
 

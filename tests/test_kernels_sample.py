@@ -1,5 +1,6 @@
 """sample.cu, run on the CPU: it draws the tokens of `Sampler`, and leaves the card ready for the next step."""
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda_cpu
@@ -75,6 +76,7 @@ class Card:
         self.masks = np.zeros((num_seats, -(-vocab // 32)), np.uint32)  # who has none and obeys it may say nothing
         self.slices = np.full((max_rows, self.num_slices, 4), 0xFFFFFFFF, np.uint32)
         self.records = np.full((RING, max_rows, RECORD), UNTOUCHED, I32)
+        self.scores = np.full((max_rows, RECORD), UNTOUCHED, I32)
         self.ring, self.ticket = np.zeros(1, I32), np.zeros(1, np.uint32)
         self.last_token, self.next_position = np.full(num_seats, UNTOUCHED, I32), np.full(num_seats, UNTOUCHED, I32)
 
@@ -111,9 +113,15 @@ class Card:
                  self.next_position, self.counts, self.slices, logits, seats, row_tokens, positions, *parameters,
                  self.masks, I32(self.num_seats), I32(self.max_rows))
 
-    def read(self, row, place=0):
+    def score(self, logits, token_ids, num_top):
+        """Each row's token as if it had been drawn."""
+        self.run("score", (len(logits),), 512, self.scores, self.slices, logits, np.array(token_ids, I32),
+                 np.array(num_top, I32))
+        return [self.read(record) for record in self.scores[: len(logits)]]
+
+    @staticmethod
+    def read(record):
         """A record as the host reads it."""
-        record = self.records[place, row]
         token_id, finite, _, count = record[:4].tolist()
         floats = record.view(np.float32)
         if count < 0:
@@ -128,7 +136,7 @@ class Card:
             self.sit(seat, drawer)
         self.ring[:] = 0
         self.launch(logits, seats, [drawer.position - 1 for drawer in drawers])
-        return [self.read(row) for row in range(len(drawers))]
+        return [self.read(self.records[0, row]) for row in range(len(drawers))]
 
 
 @pytest.fixture
@@ -337,7 +345,7 @@ def test_penalties_follow_the_output_from_step_to_step(card, sampler):
         logits = (rng.standard_normal((len(seats), 100)) * 1.5).astype(np.float32)
         expected = draw(sampler, logits, drawers)
         card.launch(logits, seats, [drawer.position - 1 for drawer in drawers])
-        assert [card.read(row, step % RING) for row in range(len(seats))] == expected, step
+        assert [card.read(card.records[step % RING, row]) for row in range(len(seats))] == expected, step
         for drawer, row in zip(drawers, expected):
             drawer.output.append(row.token_id)
     for seat, drawer in zip(seats, drawers):
@@ -489,6 +497,66 @@ def test_logprobs_of_any_number(card, sampler):
         for count, row in enumerate(found):
             likeliest = np.argsort(-logits[count], kind="stable")[:count]  # equal ones by id
             assert [token_id for token_id, _ in row.top] == likeliest.tolist()
+
+
+# ---- given tokens ---------------------------------------------------------------------------------------------------
+
+
+@for_vocabs(*VOCABS, 140_001, 270_003)
+def test_given_tokens_have_the_bits_that_they_have_when_drawn(card):
+    rng, rows = np.random.default_rng(card.vocab), 21 if card.vocab < 100_000 else 4
+    for _ in range(3):
+        logits = np.stack([random_logits(rng, card.vocab) for _ in range(rows)])
+        counts = rng.permutation(21)[:rows].tolist()
+        drawers = [random_drawer(rng, card.vocab, SamplingParams(temperature=2, logprobs=count)) for count in counts]
+        drawn = card.draw(logits, drawers)
+        assert all(row.finite for row in drawn)
+        card.slices[:] = 0xFFFFFFFF
+        assert card.score(logits, [row.token_id for row in drawn], counts) == drawn
+        assert (card.scores[rows:] == UNTOUCHED).all()
+
+
+@for_vocabs(*VOCABS)
+def test_given_tokens_are_scored_as_the_array_twin_does(card, sampler):
+    """Any token, though it be forbidden, and any number of the likeliest, of which a vocabulary may have fewer."""
+    rng = np.random.default_rng(card.vocab)
+    for _ in range(3):
+        logits = np.stack([random_logits(rng, card.vocab) for _ in range(63)])
+        before, counts = logits.copy(), np.arange(63) % 21
+        token_ids = rng.integers(0, card.vocab, 63)
+        token_ids[:3] = 0, card.vocab - 1, card.vocab // 2
+        found = card.score(logits, token_ids, counts)
+        assert np.array_equal(logits, before)
+        for one, other in zip(found, sampler.score(logits, token_ids.tolist(), counts.tolist())):
+            assert one.finite and agrees(one, other), (one, other)
+        order = rng.permutation(63)
+        assert card.score(logits[order], token_ids[order], counts[order]) == [found[row] for row in order]
+        assert card.score(logits[7:8], token_ids[7:8], counts[7:8]) == found[7:8]
+
+
+@pytest.mark.parametrize("mode", ["check", "init"])
+def test_scoring_reads_nothing_before_it_is_written_and_no_threads_race(modules, sampler, mode):
+    rng, card = np.random.default_rng(0), Card(modules[2500, mode].result(), 2500)
+    logits = np.stack([random_logits(rng, 2500) for _ in range(9)])
+    token_ids, counts = rng.integers(0, 2500, 9).tolist(), [0, 1, 2, 3, 5, 8, 13, 19, 20]
+    found = card.score(logits, token_ids, counts)
+    assert all(agrees(*pair) for pair in zip(found, sampler.score(logits, token_ids, counts)))
+
+
+@for_vocabs(100)
+@pytest.mark.parametrize("broken", [np.nan, -np.nan, np.inf, [-np.inf] * 100, [np.nan] * 100])
+def test_broken_logits_have_no_logprobs_and_leave_other_rows_alone(card, sampler, broken):
+    logits = np.random.default_rng(0).standard_normal((9, 100), np.float32)
+    token_ids, counts = [33, 33, 34] * 3, [0, 0, 1, 1, 5, 5, 20, 20, 20]
+    healthy = card.score(logits, token_ids, counts)
+    logits[1::3, slice(None) if isinstance(broken, list) else 33] = broken
+    found = card.score(logits, token_ids, counts)
+    with np.errstate(invalid="ignore"):
+        expected = sampler.score(logits, token_ids, counts)
+    assert found[0::3] == healthy[0::3] and found[2::3] == healthy[2::3]
+    for one, other in zip(found[1::3], expected[1::3]):
+        assert math.isnan(one.logprob) and math.isnan(other.logprob)
+        assert one._replace(logprob=0) == other._replace(logprob=0) == Sampled(33, 0, (), False)
 
 
 # ---- rows and steps -------------------------------------------------------------------------------------------------

@@ -316,6 +316,7 @@ class OneLayer:
         check(apart < 1e-3, f"sample: logprobs are off by {apart:.2g}")
         listed = [row for row in range(count) if [i for i, _ in found[row].top] != [i for i, _ in expected[row].top]]
         check(not listed, f"sample: rows {listed} list other likeliest tokens")
+        check(self.scored(found) == found, "score: other logprobs than those of the tokens when they were drawn")
         return {"rows": count, "other tokens": len(wrong), "greatest difference of a logprob": apart}
 
     def drawn(self, logits: np.ndarray, params: list, prompts: list, masks: list) -> list:
@@ -332,6 +333,13 @@ class OneLayer:
         self.put(self.ops.buffers.positions, np.full(count, 19, np.int32))
         self.ops.sample(self.ops.prepare(self.ops.decode_step(count)))
         return runner.collect(runner._note(count, range(count)))
+
+    def scored(self, drawn: list) -> list:
+        """The same tokens as if they had been given, from the same logits."""
+        lists = [row.token_id for row in drawn], [len(row.top) for row in drawn]
+        self.ops.score(*(self.card.cupy.asarray(np.array(values, np.int32)) for values in lists), 0)
+        self.ops.stream.synchronize()
+        return [CudaRunner._read(record[:4].tolist(), record) for record in self.ops.scores[: len(drawn)]]
 
     def close(self) -> None:
         self.model.close()
