@@ -4200,7 +4200,8 @@ class Engine:
         for seq, (start, stop), token in zip(flight.step.sequences, flight.spans, drawn):
             if seq not in self._handles:  # it ended while this step was in flight
                 continue
-            if token is not None and not token.finite:
+            scores = seq.prompt_scores if stop == seq.num_prompt_tokens else ()
+            if token is not None and not (token.finite and all(score.finite for score in scores)):
                 self.blocks.forget(seq)
                 self._end(seq, "error", EngineError("the model produced logits that are not finite"))
                 continue

@@ -373,6 +373,17 @@ def test_logits_that_are_not_finite_fail_one_request(open_llm):
     assert len(list(again)) == 5 and again.seq.num_cached_tokens == 0, "what the broken request wrote was shared"
 
 
+def test_prompt_scores_that_are_not_finite_fail_their_request(open_llm):
+    llm = open_llm()
+    gate = Gate(llm.engine)
+    gate.fault = lambda batch, logits: np.where(
+        (batch.positions[batch.logits_indices] == 3)[:, None], np.nan, logits)
+    handle = llm.engine.submit(PROMPT, rustinfer.dataclasses.replace(SHORT, prompt_logprobs=1))
+    gate.free_after(lambda: handle.finish_reason)
+    with pytest.raises(EngineError, match="not finite"):
+        list(handle)
+
+
 @pytest.mark.parametrize("place", ["schedule", "_update"])
 def test_error_outside_a_run_ends_the_engine_and_every_request(open_llm, place):
     llm, died = open_llm(max_num_seqs=2), threading.Event()
