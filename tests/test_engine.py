@@ -375,11 +375,14 @@ def test_logits_that_are_not_finite_fail_one_request(open_llm):
 
 def test_prompt_scores_that_are_not_finite_fail_their_request(open_llm):
     llm = open_llm()
-    gate = Gate(llm.engine)
-    gate.fault = lambda batch, logits: np.where(
-        (batch.positions[batch.logits_indices] == 3)[:, None], np.nan, logits)
+    inner = llm.engine.model.run
+
+    def run(batch):
+        logits = inner(batch)
+        return np.where((batch.positions[batch.logits_indices] == 3)[:, None], np.nan, logits)
+
+    llm.engine.model.run = run
     handle = llm.engine.submit(PROMPT, rustinfer.dataclasses.replace(SHORT, prompt_logprobs=1))
-    gate.free_after(lambda: handle.finish_reason)
     with pytest.raises(EngineError, match="not finite"):
         list(handle)
 

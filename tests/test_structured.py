@@ -280,8 +280,8 @@ def test_the_sdks_tool_helpers_read_our_calls(client, llm):
 
 
 STRICT_ADD = {"type": "function", "function": {"name": "add", "strict": True, "parameters": {
-    "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "sign": {"enum": ["+", "-"]}},
-    "required": ["a", "sign"], "additionalProperties": False}}}
+    "type": "object", "required": ["a", "sign"], "additionalProperties": False,
+    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "sign": {"enum": ["+", "-"]}}}}}
 
 
 def accepts(constraint, tokenizer, text):
