@@ -43,6 +43,9 @@ def test_lengths_fill_their_range_with_more_short_than_long_ones():
 def test_equal_seeds_give_equal_requests_and_other_loads_other_prompts():
     first = lambda one: list(itertools.islice(one.requests(), 20))
     assert first(SHORT) == first(dataclasses.replace(SHORT, seconds=9))
+    fresh = first(dataclasses.replace(SHORT, digits=1))
+    shape = lambda requests: [(len(prompt), tokens) for prompt, tokens in requests]
+    assert fresh != first(SHORT) and shape(fresh) == shape(first(SHORT))
     other = first(dataclasses.replace(SHORT, seed=1)) + first(dataclasses.replace(SHORT, concurrency=5))
     assert not {prompt for prompt, _ in first(SHORT) if len(prompt) > 4} & {prompt for prompt, _ in other}
 

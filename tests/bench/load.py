@@ -60,6 +60,7 @@ class Load:
     answers: Lengths = Lengths(16, 96)
     shares: tuple = (("", 1.0),)
     seed: int = 0
+    digits: int = 0  # other ones for the same lengths and arrivals: no server has seen those prompts
 
     @property
     def name(self):
@@ -67,10 +68,10 @@ class Load:
 
     def requests(self):
         """(prompt, tokens to generate), for ever."""
-        rng = random.Random(f"requests {self.seed} {self.name}")
+        rng, digits = (random.Random(f"{self.seed} {self.name} {part}") for part in ("lengths", self.digits))
         while True:
-            digits, tokens = self.prompts.draw(rng), self.answers.draw(rng)
-            yield "".join(rng.choices("0123456789", k=digits)), tokens
+            length, tokens = self.prompts.draw(rng), self.answers.draw(rng)
+            yield "".join(digits.choices("0123456789", k=length)), tokens
 
     def arrivals(self):
         """(seconds after the start, key) of each request that waits for no other."""

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
@@ -118,7 +119,7 @@ class ServerUnderTest:
         while len(seen) < tries and (not seen or seen[-1]["others_cpu"] > DISTURBED):
             self._wait_quiet(patience)
             others = Others(psutil.Process(self._process.pid))
-            figures = self.client.run(dataclasses.replace(one, seed=f"{one.seed}.{len(seen)}"))
+            figures = self.client.run(dataclasses.replace(one, digits=len(seen)))
             seen.append({**figures, "others_cpu": others.share()})
         return min(seen, key=lambda figures: figures["others_cpu"])
 
@@ -230,13 +231,13 @@ def failed(rounds):
 def table(seen):
     """The results as Markdown."""
     lines = ["| load | server | tokens/s | requests/s | first token, ms | per further token, ms | between writes, ms "
-             "| whole answer, ms | not finished |", "|---" * 9 + "|"]
+             "| whole answer, ms | not finished | others, of a core |", "|---" * 10 + "|"]
     for name, servers in seen.items():
         for server, rounds in servers.items():
             one = middle(rounds)
             spreads = " | ".join(times(one[key]) for key in ("ttft_s", "tpot_s", "itl_s", "e2e_s"))
             lines.append(f"| {name} | {server} | {rate(one['tokens_per_s'])} | {rate(one['requests_per_s'])} | "
-                         f"{spreads} | {failed(rounds)} |")
+                         f"{spreads} | {failed(rounds)} | {one['others_cpu']:.0%} |")
     return "\n".join(lines)
 
 
@@ -384,6 +385,7 @@ def starters_of(args, folder):
 
 def main():
     args = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that servers are stopped
     with tempfile.TemporaryDirectory() as scratch:
         starters = starters_of(args, args.folder or Path(scratch))
         seen = measure(starters, loads_of(args), args)
