@@ -137,12 +137,21 @@ def test_servers_are_compared_in_rounds(demo_server, tiny_server):
     assert serve.comparison(seen, "demo").splitlines()[-1].startswith("| tiny | 4 at once | ")
 
 
+def figures_of(rate, wait, others=0.0):
+    return {"tokens_per_s": rate, "ttft_s": {"p50": wait}, "others_cpu": others}
+
+
 def test_ratios_above_one_are_ahead():
-    figures = lambda rate, wait: {"tokens_per_s": rate, "ttft_s": {"p50": wait}}
-    ours, theirs = [figures(20.0, 1.0), figures(30.0, 2.0)], [figures(10.0, 3.0), figures(10.0, None)]
+    ours, theirs = [figures_of(20.0, 1.0), figures_of(30.0, 2.0)], [figures_of(10.0, 3.0), figures_of(10.0, None)]
     assert serve.ratio(ours, theirs, ("tokens_per_s",)) == 2.5
-    assert serve.ratio(ours, theirs, ("ttft_s", "p50")) == 3.0
-    assert serve.middle(ours) == {"tokens_per_s": 25.0, "ttft_s": {"p50": 1.5}}
+    assert serve.ratio(ours, theirs, ("ttft_s", "p50")) == 2.0
+    assert serve.ratio(ours, theirs[1:], ("ttft_s", "p50")) is None
+
+
+def test_rounds_that_others_disturbed_count_only_where_there_is_no_other():
+    rounds = [figures_of(5.0, 9.0, 0.9), figures_of(20.0, 1.0, 0.05), figures_of(30.0, 2.0, 0.0)]
+    assert serve.middle(serve.quiet(rounds))["tokens_per_s"] == 25.0
+    assert serve.quiet([rounds[0], figures_of(7.0, 8.0, 0.5)]) == [figures_of(7.0, 8.0, 0.5)]
 
 
 def test_the_simulated_engine_runs_with_and_without_readers():

@@ -2,10 +2,10 @@
 
 A random checkpoint of the SmolLM2-135M shape, served by rustinfer, by `transformers serve` and by llama.cpp's server,
 two cores for server and client together. In each round each server is started in turn, warmed up and put under the same
-loads: so many requests at once, then so many new ones a second. Medians over the rounds, ratios within them. load.py
-says what is measured; every request gets exactly the tokens it asks for. A load waits for a quiet machine, and where
-other processes took more than DISTURBED of a core meanwhile, it is run again: the least disturbed try counts.
-`--url URL` drives servers that already run instead.
+loads: so many requests at once, then so many new ones a second. load.py says what is measured; every request gets
+exactly the tokens it asks for. A load waits for a quiet machine; where other processes take more than DISTURBED of a
+core meanwhile, it is run again, and the least disturbed try counts. Medians of the rounds that nobody disturbed; where
+there is none, the least disturbed round. `--url URL` drives servers that already run instead.
 
 Needs transformers[serving] for the one, gguf and a folder with llama-server for the other; cpu.py says how to build
 that (target llama-server). Peers run with what served them best here: transformers with continuous batching, 1024
@@ -42,9 +42,9 @@ OURS, TRANSFORMERS, LLAMA_CPP = "rustinfer", "transformers serve", "llama.cpp"
 
 
 def busy_seconds():
-    """Of all cores since the machine began, the hypervisor's part included."""
-    spent = psutil.cpu_times()._asdict()
-    return sum(value for name, value in spent.items() if name not in ("idle", "iowait", "guest", "guest_nice"))
+    """Of all cores, the hypervisor's part included, without low priorities: those get what is left over."""
+    spent, left = psutil.cpu_times()._asdict(), ("idle", "iowait", "nice", "guest", "guest_nice")
+    return sum(value for name, value in spent.items() if name not in left)
 
 
 def own_seconds(process):
@@ -184,6 +184,12 @@ def contenders(folder, tools):
 # -- rounds
 
 
+def quiet(rounds):
+    """The rounds in which nobody disturbed a load, or else the least disturbed one."""
+    found = [one for one in rounds if one["others_cpu"] <= DISTURBED]
+    return found or [min(rounds, key=lambda one: one["others_cpu"])]
+
+
 def middle(seen):
     """The medians of figures that are alike; of what a round did not have, the others'."""
     if isinstance(seen[0], dict):
@@ -194,7 +200,7 @@ def middle(seen):
 
 
 def measure(starters, loads, args):
-    """{load: {server: [the figures of each round]}}; each round is kept as it ends."""
+    """{load: {server: [the figures of each round]}}; kept in a file as they come."""
     seen = {one.name: {name: [] for name in starters} for one in loads}
     for number in range(args.rounds):
         for name, start in starters.items():
@@ -203,9 +209,9 @@ def measure(starters, loads, args):
                     figures = server.run(one, args.tries, args.patience)
                     seen[one.name][name].append(figures)
                     print(f"round {number + 1}, {name}, {one.name}: {brief(figures)}", file=sys.stderr, flush=True)
-        if args.json:
-            kept = {"processor": processor(), "loads": seen}
-            args.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
+                    if args.json:
+                        kept = {"processor": processor(), "loads": seen}
+                        args.json.write_text(json.dumps(kept, indent=2) + "\n", encoding="utf-8")
     return seen
 
 
@@ -234,6 +240,7 @@ def table(seen):
              "| whole answer, ms | not finished | others, of a core |", "|---" * 10 + "|"]
     for name, servers in seen.items():
         for server, rounds in servers.items():
+            rounds = quiet(rounds)
             one = middle(rounds)
             spreads = " | ".join(times(one[key]) for key in ("ttft_s", "tpot_s", "itl_s", "e2e_s"))
             lines.append(f"| {name} | {server} | {rate(one['tokens_per_s'])} | {rate(one['requests_per_s'])} | "
@@ -247,11 +254,11 @@ COMPARED = {"tokens/s": ("tokens_per_s",), "first token p50": ("ttft_s", "p50"),
 
 
 def ratio(ours, theirs, path):
-    """How many times better ours is, the median over rounds; None where one of them has no figure."""
-    pick = lambda figures: functools.reduce(dict.get, path, figures)
-    pairs = [(pick(a), pick(b)) for a, b in zip(ours, theirs) if pick(a) and pick(b)]
-    found = [a / b if path == ("tokens_per_s",) else b / a for a, b in pairs]
-    return statistics.median(found) if found else None
+    """How many times better the medians of ours are; None where one of them has no figure."""
+    a, b = (functools.reduce(dict.get, path, middle(quiet(rounds))) for rounds in (ours, theirs))
+    if not a or not b:
+        return None
+    return a / b if path == ("tokens_per_s",) else b / a
 
 
 def comparison(seen, first):
@@ -271,7 +278,7 @@ def shares(seen):
     for name, servers in seen.items():
         for server, rounds in servers.items():
             lines += [f"| {name} | {server} | {key} | {one['output_tokens']:.0f} | {times(one['ttft_s'])} |"
-                      for key, one in middle(rounds)["keys"].items()]
+                      for key, one in middle(quiet(rounds))["keys"].items()]
     return "\n".join(lines)
 
 
@@ -280,7 +287,8 @@ def plot(seen, path):
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.fonttype"] = "none"  # letters stay letters
-    medians = {name: {server: middle(rounds) for server, rounds in servers.items()} for name, servers in seen.items()}
+    medians = {name: {server: middle(quiet(rounds)) for server, rounds in servers.items()}
+               for name, servers in seen.items()}
     at_once = {name: servers for name, servers in medians.items() if name.endswith("at once")}
     rates = {float(name.split()[0]): servers for name, servers in medians.items() if name not in at_once}
     figure = Figure(figsize=(10, 2.2 * 2 * bool(at_once) + 2.8 * bool(rates)), layout="constrained")
