@@ -248,9 +248,9 @@ def table(seen):
     return "\n".join(lines)
 
 
-COMPARED = {"tokens/s": ("tokens_per_s",), "first token p50": ("ttft_s", "p50"), "p99": ("ttft_s", "p99"),
-            "further token p50": ("tpot_s", "p50"), "p99 ": ("tpot_s", "p99"), "whole answer p50": ("e2e_s", "p50"),
-            "p99  ": ("e2e_s", "p99")}
+COMPARED = {"tokens/s": ("tokens_per_s",), "first token p50": ("ttft_s", "p50"), "first token p99": ("ttft_s", "p99"),
+            "further p50": ("tpot_s", "p50"), "further p99": ("tpot_s", "p99"), "whole p50": ("e2e_s", "p50"),
+            "whole p99": ("e2e_s", "p99")}
 
 
 def ratio(ours, theirs, path):
@@ -305,10 +305,15 @@ def colour(number):
     return ("tab:blue", "tab:grey", "tab:orange", "tab:green")[number % 4]
 
 
+def ms(seconds):
+    """For a plot, which leaves out what is not there."""
+    return float("nan") if seconds is None else 1000 * seconds
+
+
 def plot_bars(figure, loads):
     """Tokens a second and the 99th percentile of the time to first token, a column a load."""
     panels = {"tokens/s": lambda one: one["tokens_per_s"],
-              "first token p99, ms": lambda one: 1000 * one["ttft_s"]["p99"]}
+              "first token p99, ms": lambda one: ms(one["ttft_s"]["p99"])}
     for row, (title, pick) in zip(figure.subplots(2, len(loads), squeeze=False), panels.items()):
         for axes, (name, servers) in zip(row, loads.items()):
             values = [pick(one) for one in servers.values()]
@@ -325,8 +330,8 @@ def plot_bars(figure, loads):
 def plot_rates(figure, rates):
     """What becomes of it as more requests come a second."""
     panels = {"tokens/s": lambda one: one["tokens_per_s"],
-              "first token p99, ms": lambda one: 1000 * one["ttft_s"]["p99"],
-              "further token p50, ms": lambda one: 1000 * (one["tpot_s"]["p50"] or float("nan"))}
+              "first token p99, ms": lambda one: ms(one["ttft_s"]["p99"]),
+              "further token p50, ms": lambda one: ms(one["tpot_s"]["p50"])}
     for axes, (title, pick) in zip(figure.subplots(1, 3), panels.items()):
         for number, server in enumerate(next(iter(rates.values()))):
             axes.plot([*rates], [pick(one[server]) for one in rates.values()], "o-", color=colour(number), label=server)
