@@ -5160,6 +5160,11 @@ class CompletionReply(ChunkReply):
     def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
+    def first_events(self) -> bytes:
+        """Several choices appear in order, whichever has text first."""
+        places = range(len(self.group.places) if len(self.group.places) > 1 else 0)
+        return b"".join(self._event(self._chunk(index, "", None, None)) for index in places)
+
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
         return self._prompt_event(index) + super().text_event(index, text, tokens)
 
