@@ -16,13 +16,16 @@ CALLS = ['{"name": "get_weather", "parameters": {"city": "Paris"}}', "[get_weath
 ADD = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {
     "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}}, "required": ["n"],
     "additionalProperties": False}}}
+STRICT = {"type": "function", "function": {**ADD["function"], "strict": True}}
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}, "b": {"enum": [1, "é", None]}},
           "required": ["b"], "additionalProperties": False}
 STRUCTURES = [{"structured_outputs": {"choice": CALLS}}, {"structured_outputs": {"regex": "[a-zé ]{3,9}[.!]"}},
               {"structured_outputs": {"json": SCHEMA}}, {"structured_outputs": {"grammar": 'start: ("ab" | "🙂")+'}}]
 FORMATS = [{"response_format": {"type": "json_object"}}, {"response_format": {"type": "text"}},
            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}}]
-CHOICES = ["auto", "auto", "none", "required", {"type": "function", "function": {"name": "add"}}]
+NAMED = {"type": "function", "function": {"name": "add"}}
+CHOICES = ["auto", "auto", "none", "required", NAMED,
+           {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [NAMED]}}]
 WRONG = [("temperature", 3), ("n", 0), ("max_tokens", 10**6), ("stop", [""]), ("logit_bias", {"999999": 1}),
          ("no_such_field", 1), ("model", "other"), ("top_p", "x"), ("stop_token_ids", [-1]), ("user", 5),
          ("seed", 1.5), ("min_tokens", 99), ("structured_outputs", {"regex": "("}), ("logprobs", "yes")]
@@ -45,13 +48,17 @@ def shared_fields(rng: random.Random, ends: list[int]) -> dict:
 def chat_request(rng: random.Random, ends: list[int]) -> dict:
     text = lambda: rng.choice(TEXTS)
     parts = lambda: [{"type": "text", "text": text()} for _ in range(2)]
-    messages = [{"role": role, "content": rng.choice([text, parts])()} for role in rng.choice(
-        [["user"], ["user"], ["system", "user"], ["developer", "user", "assistant", "user"]])]
+    messages = [{"role": role, "content": rng.choice([text, parts])(), "name": rng.choice([None, "Ann"])}
+                for role in rng.choice([["user"], ["system", "user"], ["developer", "user", "assistant", "user"],
+                                        ["user", "assistant"]])]
     fields = {"messages": messages, **shared_fields(rng, ends)}
+    if messages[-1]["role"] == "assistant":
+        fields["continue_final_message"] = rng.random() < 0.8
     if rng.random() < 0.5:
         fields |= {"logprobs": True, **({"top_logprobs": rng.randrange(6)} if rng.random() < 0.7 else {})}
     if rng.random() < 0.35:
-        fields |= {"tools": [WEATHER, ADD], "tool_choice": rng.choice(CHOICES), "parallel_tool_calls": rng.random() < 0.7}
+        fields |= {"tools": [WEATHER, rng.choice([ADD, STRICT])], "tool_choice": rng.choice(CHOICES),
+                   "parallel_tool_calls": rng.random() < 0.7}
         if fields["tool_choice"] in ("auto", "none"):
             fields |= rng.choice([{"structured_outputs": {"choice": rng.sample(CALLS, 2)}}, {}])
         fields["max_tokens"] = 70
