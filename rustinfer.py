@@ -4327,7 +4327,8 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("modalities", "unsupported", neutral=(None, ["text"])),
     Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
     Field("reasoning_effort", "unsupported", neutral=(None, "none")),
-    Field("audio", "unsupported"), Field("prediction", "unsupported"), Field("verbosity", "unsupported"),
+    Field("audio", "unsupported"), Field("prediction", "unsupported"),
+    Field("verbosity", "unsupported", neutral=(None, "medium")),
     Field("web_search_options", "unsupported"), Field("prompt_cache_key", "unsupported"),
     Field("prompt_cache_retention", "unsupported"), Field("prompt_cache_options", "unsupported", neutral=(None, {})),
     Field("safety_identifier", "unsupported"), Field("moderation", "unsupported"),
@@ -5266,7 +5267,7 @@ TEXT_FIELDS = {f.name: f for f in (
     Field("format", "object", neutral=(None, {"type": "text"})),
     Field("verbosity", "unsupported", neutral=(None, "medium")))}
 FORMAT_FIELDS = {**SCHEMA_FIELDS, "type": Field("type", "string")}
-STREAM_FIELDS = {"include_obfuscation": Field("include_obfuscation", "unsupported", neutral=(None, False))}
+STREAM_FIELDS = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
 

@@ -80,7 +80,7 @@ LEAVES = {route: known_leaves(route) for route in TYPES}
 # Refused: what stands under these paths -> the param of the error.
 REFUSED = {CHAT: {
     r"audio|functions|moderation|prediction|prompt_cache_key|prompt_cache_retention|prompt_cache_options"
-    r"|safety_identifier|verbosity|web_search_options|function_call(?!=none)|modalities\[\]=audio|store=True"
+    r"|safety_identifier|verbosity(?!=medium)|web_search_options|function_call(?!=none)|modalities\[\]=audio|store=True"
     r"|reasoning_effort(?!=none)|service_tier(?!=auto|=default)": r"\g<0>",
     r"messages\[\]\[\w+\]\.content\[\]\[text\]\.prompt_cache_breakpoint":
         "messages[0].content[0].prompt_cache_breakpoint",
@@ -98,10 +98,11 @@ REFUSED = {CHAT: {
 # They ask for what happens without them; the answer is the same.
 NEUTRAL = {CHAT: [
     {"function_call": "none"}, {"functions": []}, {"modalities": ["text"]}, {"store": False}, {"service_tier": "auto"},
-    {"service_tier": "default"}, {"reasoning_effort": "none"}, {"prompt_cache_options": {}}, {"logprobs": False},
-    {"top_logprobs": 0}, {"tools": []}, {"tool_choice": "none"}, {"response_format": {"type": "text"}},
-    {"metadata": {}}, {"parallel_tool_calls": True}, {"add_generation_prompt": True}, {"chat_template_kwargs": {}},
-    {"continue_final_message": False}], COMPLETIONS: [{"best_of": 1}, {"suffix": ""}, {"echo": False}]}
+    {"service_tier": "default"}, {"reasoning_effort": "none"}, {"verbosity": "medium"}, {"prompt_cache_options": {}},
+    {"logprobs": False}, {"top_logprobs": 0}, {"tools": []}, {"tool_choice": "none"}, {"metadata": {}},
+    {"response_format": {"type": "text"}}, {"parallel_tool_calls": True}, {"add_generation_prompt": True},
+    {"chat_template_kwargs": {}}, {"continue_final_message": False}],
+    COMPLETIONS: [{"best_of": 1}, {"suffix": ""}, {"echo": False}]}
 NEUTRAL_EVERYWHERE = [
     {"n": 1}, {"stream": False}, {"frequency_penalty": 0}, {"presence_penalty": 0}, {"repetition_penalty": 1},
     {"logit_bias": {}}, {"stop": []}, {"stop_token_ids": []}, {"top_p": 1}, {"top_k": 0}, {"top_k": -1}, {"min_p": 0},
