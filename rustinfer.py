@@ -4829,16 +4829,17 @@ STRUCTURE_FIELDS = {f.name: f for f in (  # as vLLM spells them
     Field("json_object", "boolean", neutral=(None, False)))}
 
 
-def parse_response_format(given: dict) -> Structure:
-    """OpenAI's: json_object or json_schema."""
+def parse_response_format(given: dict) -> Structure | None:
+    """OpenAI's: text, json_object or json_schema."""
     checked = check_fields(given, RESPONSE_FORMAT_FIELDS, "response_format.")
-    kind = checked.get("type")
-    if kind == "json_object" and "json_schema" not in checked:
-        return Structure("json", {"type": "object"}, "response_format")
-    if kind != "json_schema":
+    kind, place = checked.get("type"), "response_format.json_schema."
+    if kind not in ("text", "json_object", "json_schema"):
         raise APIError(f"response_format.type is {shorten(kind)}; text, json_object and json_schema are supported",
                        "response_format.type", code="unsupported_value")
-    place = "response_format.json_schema."
+    if kind != "json_schema":
+        if "json_schema" in checked:
+            raise APIError(f"response_format.json_schema is not allowed with type {kind}", place[:-1])
+        return Structure("json", {"type": "object"}, "response_format") if kind == "json_object" else None
     given = check_fields(checked.get("json_schema", {}), SCHEMA_FIELDS, place)
     if "schema" not in given:
         raise APIError(f"{place}schema is missing; a JSON schema is expected", f"{place}schema")
@@ -4911,7 +4912,8 @@ def parse_structure(given: dict, tools: Seq[dict] = (), forced: Seq[dict] = ()) 
         return Structure("json", call_schema(forced), "tool_choice")
     if "response_format" in given:
         wanted = parse_response_format(given["response_format"])
-        return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
+        if wanted:
+            return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
     if "structured_outputs" in given:
         return parse_structured_outputs(given["structured_outputs"])
     return Structure("calls", call_beginnings(tools), strict_tool(tools)) if strict_tool(tools) else None

@@ -6,6 +6,7 @@ here until the server deals with it. No parameter is accepted and ignored.
 import json
 import re
 import shutil
+import types
 import typing
 
 import pytest
@@ -47,7 +48,7 @@ def leaves(kind):
                 yield f"{label_of(kind)}.{name}{path}", {**needed, name: value}
     elif origin in (typing.Literal, typing_extensions.Literal):
         yield from ((f"={value}", value) for value in args)
-    elif type(None) in args or origin is typing.Union:
+    elif origin in (typing.Union, types.UnionType):
         for arg in args:
             if arg is not type(None):
                 yield from leaves(arg)
@@ -62,9 +63,8 @@ def leaves(kind):
 
 def top_fields(route: str) -> dict:
     """{name: its type} of a route's request."""
-    types = TYPES[route]
-    return {**typing_extensions.get_type_hints(types.CompletionCreateParamsNonStreaming),
-            "stream": typing.Optional[bool]}
+    hints = typing_extensions.get_type_hints(TYPES[route].CompletionCreateParamsNonStreaming)
+    return {**hints, "stream": typing.Optional[bool]}
 
 
 def known_leaves(route: str) -> dict[str, dict]:
@@ -100,7 +100,8 @@ NEUTRAL = {CHAT: [
     {"function_call": "none"}, {"functions": []}, {"modalities": ["text"]}, {"store": False}, {"service_tier": "auto"},
     {"service_tier": "default"}, {"reasoning_effort": "none"}, {"verbosity": "medium"}, {"prompt_cache_options": {}},
     {"logprobs": False}, {"top_logprobs": 0}, {"tools": []}, {"tool_choice": "none"}, {"metadata": {}},
-    {"response_format": {"type": "text"}}, {"parallel_tool_calls": True}, {"add_generation_prompt": True},
+    {"response_format": {"type": "text"}}, {"response_format": {"type": "text", "json_schema": None}},
+    {"parallel_tool_calls": True}, {"add_generation_prompt": True},
     {"chat_template_kwargs": {}}, {"continue_final_message": False}],
     COMPLETIONS: [{"best_of": 1}, {"suffix": ""}, {"echo": False}]}
 NEUTRAL_EVERYWHERE = [
@@ -335,9 +336,12 @@ def response_format(ask):
         form = {"name": "form4713", "description": "says 4714", "schema": SCHEMA, "strict": strict}
         assert ask.text(response_format={"type": "json_schema", "json_schema": form}) == '"yes"'
     ask.logged("form4713: says 4714")
-    form["name"] = "no good name"
-    error = ask.send(response_format={"type": "json_schema", "json_schema": form})[1]["error"]
-    assert error["param"] == "response_format.json_schema.name"
+    for wrong, param in (({"type": "json_schema", "json_schema": {**form, "name": "no good name"}}, "json_schema.name"),
+                         ({"type": "json_schema"}, "json_schema.schema"), ({}, "type"),
+                         ({"type": "text", "json_schema": form}, "json_schema"),
+                         ({"type": "json_object", "json_schema": form}, "json_schema"), ({"type": "xml"}, "type")):
+        status, body = ask.send(response_format=wrong)
+        assert (status, body["error"]["param"]) == (400, f"response_format.{param}")
 
 
 @honours("structured_outputs")
@@ -402,6 +406,8 @@ def messages(ask):
             role_shown = {"developer": "system"}.get(role, role)
             assert all(mark in shown for mark in ("4717", "Ann4718", f'"role": "{role_shown}"', *needed.values()))
     shown = ask.prompt(messages=[USER, {"role": "assistant", "tool_calls": [CALL]}])
+    twice = {**CALL, "index": 0, "function": {**CALL["function"], "parsed_arguments": {"a": 4723}}}
+    assert ask.prompt(messages=[USER, {"role": "assistant", "tool_calls": [twice]}]) == shown  # as clients send it back
     assert '"id": "call_4721"' in shown and '{"name": "f4722", "arguments": {"a": 4723}}' in shown
 
 
