@@ -355,7 +355,7 @@ def structured_outputs(ask):
 
 # ---- effects: tools -------------------------------------------------------------------------------------------------
 
-ADD = {"type": "function", "function": {"name": "add", "description": "Adds 4715.", "strict": False, "parameters": {
+ADD = {"type": "function", "function": {"name": "add", "description": "Adds 4715.", "parameters": {
     "type": "object", "properties": {"n": {"enum": [4716]}}, "required": ["n"], "additionalProperties": False}}}
 TWO = {"tools": [WEATHER, ADD]}
 NAMED = {"type": "function", "function": {"name": "add"}}
