@@ -2900,6 +2900,7 @@ class Structure(NamedTuple):
     kind: str  # json (a schema), regex, lark or calls (text with calls inside: the beginning and schema of each)
     source: Any
     param: str
+    label: str = ""  # what the client calls it, for the log
 
 
 def pack_bits(allowed: np.ndarray) -> np.ndarray:
@@ -4326,10 +4327,12 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("function_call", "unsupported", neutral=(None, "none")),
     Field("modalities", "unsupported", neutral=(None, ["text"])),
     Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
-    Field("reasoning_effort", "unsupported"),
-    Field("audio", "unsupported"), Field("prediction", "unsupported"), Field("verbosity", "unsupported"),
+    Field("reasoning_effort", "unsupported", neutral=(None, "none")),
+    Field("audio", "unsupported"), Field("prediction", "unsupported"),
+    Field("verbosity", "unsupported", neutral=(None, "medium")),
     Field("web_search_options", "unsupported"), Field("prompt_cache_key", "unsupported"),
-    Field("prompt_cache_retention", "unsupported"), Field("safety_identifier", "unsupported"),
+    Field("prompt_cache_retention", "unsupported"), Field("prompt_cache_options", "unsupported", neutral=(None, {})),
+    Field("safety_identifier", "unsupported"), Field("moderation", "unsupported"),
 )}
 QUERY_FIELDS = {**CHAT_FIELDS, "api_key": Field("api_key", "string")}  # EventSource sends no headers
 COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
@@ -4495,6 +4498,10 @@ def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> di
     return checked
 
 
+PART_FIELDS = {f.name: f for f in (
+    Field("type", "string"), Field("text", "string"), Field("prompt_cache_breakpoint", "unsupported"))}
+
+
 def parse_content(content: Any, where: str) -> str:
     """A string, or text parts joined by line breaks."""
     if isinstance(content, str):
@@ -4503,14 +4510,14 @@ def parse_content(content: Any, where: str) -> str:
         raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
     texts = []
     for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
+        place, kind = f"{where}[{index}]", part.get("type") if isinstance(part, dict) else None
         if kind != "text":
-            raise APIError(f"{where}[{index}].type is {shorten(kind)}; text is supported", f"{where}[{index}].type",
+            raise APIError(f"{place}.type is {shorten(kind)}; text is supported", f"{place}.type",
                            code="unsupported_value")
-        if not isinstance(part.get("text"), str) or set(part) > {"type", "text"}:
-            raise InvalidTypeError(f"{where}[{index}] must hold type and text, both strings, and nothing else",
-                                   f"{where}[{index}]")
-        texts.append(part["text"])
+        text = check_fields(part, PART_FIELDS, f"{place}.").get("text")
+        if text is None:
+            raise InvalidTypeError(f"{place}.text is missing; a string is expected", f"{place}.text")
+        texts.append(text)
     return "\n".join(texts)
 
 
@@ -4531,8 +4538,23 @@ ROLES = {"system": "system", "developer": "system", "user": "user", "assistant":
 FUNCTION_FIELDS = {f.name: f for f in (
     Field("name", "string"), Field("description", "string"), Field("parameters", "object"),
     Field("strict", "boolean"))}
+TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("function", "object"))}
+CALL_FIELDS = {**TOOL_FIELDS, "id": Field("id", "string"), "index": Field("index", "integer")}  # index: from a stream
+CALLED_FIELDS = {f.name: f for f in (  # clients that parse arguments send both forms back
+    Field("name", "string"), Field("arguments", "string"), Field("parsed_arguments", "any"))}
+ALLOWED_CHOICE_FIELDS = {f.name: f for f in (Field("type", "string"), Field("allowed_tools", "object"))}
 ALLOWED_FIELDS = {f.name: f for f in (Field("mode", "string"), Field("tools", "array", 1, MAX_TOOLS))}
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
+
+
+def parse_function(value: Any, fields: dict[str, Field], inner: dict[str, Field], place: str) -> dict:
+    """The function of {"type": "function", "function": {...}}, two objects that may hold `fields` and `inner`."""
+    if not isinstance(value, dict) or "function" not in value and value.get("type") in (None, "function"):
+        raise InvalidTypeError(f"{place} is {shorten(value)}; type function with a function is expected", place)
+    if value.get("type", "function") != "function":
+        raise UnsupportedError(f"{place}.type is {shorten(value['type'])}; function is supported", f"{place}.type",
+                               code="unsupported_value")
+    return check_fields(check_fields(value, fields, f"{place}.").get("function", {}), inner, f"{place}.function.")
 
 
 def parse_past_calls(calls: list, where: str) -> list[dict]:
@@ -4540,18 +4562,16 @@ def parse_past_calls(calls: list, where: str) -> list[dict]:
     parsed = []
     for index, call in enumerate(calls):
         place = f"{where}.tool_calls[{index}]"
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or call.get("type", "function") != "function":
-            raise InvalidTypeError(f"{place} must hold type function and a function", place)
+        function = parse_function(call, CALL_FIELDS, CALLED_FIELDS, place)
         name, text = function.get("name"), function.get("arguments")
-        if not isinstance(name, str) or not isinstance(text, str):
+        if name is None or text is None:
             raise InvalidTypeError(f"{place}.function must hold name and arguments, both strings", f"{place}.function")
         try:
             arguments = parse_json(text.encode()) if text.strip() else {}
         except APIError as error:
             raise APIError(f"{place}.function.arguments is not a JSON object: {shorten(str(error))}",
                            f"{place}.function.arguments") from None
-        parsed.append({"id": str(call.get("id", "")), "type": "function",
+        parsed.append({"id": call.get("id") or "", "type": "function",
                        "function": {"name": name, "arguments": arguments}})
     return parsed
 
@@ -4593,11 +4613,7 @@ def parse_tools(tools: list) -> list[dict]:
     names = set()
     for index, tool in enumerate(tools):
         where = f"tools[{index}]"
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or tool.get("type") != "function":
-            raise APIError(f"{where} is {shorten(tool)}; type function with a function is supported", where,
-                           code="unsupported_value")
-        name = check_fields(function, FUNCTION_FIELDS, f"{where}.function.").get("name")
+        name = parse_function(tool, TOOL_FIELDS, FUNCTION_FIELDS, where).get("name")
         if name is None or not TOOL_NAME.fullmatch(name):
             raise APIError(f"{where}.function.name is {shorten(name)}; 1 to 64 letters, digits, dots, underscores and "
                            "hyphens are expected", f"{where}.function.name")
@@ -4632,9 +4648,10 @@ def parse_conversation(given: dict) -> dict[str, Any]:
 
 def named_tool(reference: Any, tools: list[dict]) -> list[dict]:
     """The tool that {"type": "function", "function": {"name": ...}} means; APIError when it means none."""
-    function = reference.get("function") if isinstance(reference, dict) else None
-    name = function.get("name") if isinstance(function, dict) and reference.get("type") == "function" else None
-    named = [tool for tool in tools if tool["function"]["name"] == name]
+    function = {}
+    if isinstance(reference, dict):
+        function = parse_function(reference, TOOL_FIELDS, {"name": FUNCTION_FIELDS["name"]}, "tool_choice")
+    named = [tool for tool in tools if tool["function"]["name"] == function.get("name")]
     if not named:
         raise APIError(f"tool_choice has {shorten(json.dumps(reference))}; auto, none, required or the names of some "
                        "of the tools are expected", "tool_choice")
@@ -4647,7 +4664,8 @@ def offered_tools(tools: list[dict], given: dict) -> tuple[list[dict], list[dict
     if "tool_choice" in given and not tools and choice != "none":
         raise APIError("tool_choice is allowed only with tools", "tool_choice")
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
-        allowed = check_fields(choice.get("allowed_tools") or {}, ALLOWED_FIELDS, "tool_choice.allowed_tools.")
+        allowed = check_fields(choice, ALLOWED_CHOICE_FIELDS, "tool_choice.").get("allowed_tools", {})
+        allowed = check_fields(allowed, ALLOWED_FIELDS, "tool_choice.allowed_tools.")
         tools = [tool for one in allowed.get("tools", ()) for tool in named_tool(one, tools)]
         choice = allowed.get("mode")
     if choice in ("auto", "none"):
@@ -4768,14 +4786,17 @@ def parse_stop(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
+STREAM_OPTIONS = {f.name: f for f in (
+    Field("include_usage", "boolean"), Field("include_obfuscation", "unsupported", neutral=(None, False)))}
+
+
 def parse_stream_options(given: dict) -> bool:
     """include_usage."""
     if "stream_options" not in given:
         return False
     if not given.get("stream"):
         raise APIError("stream_options is allowed only with stream: true", "stream_options")
-    fields = {"include_usage": Field("include_usage", "boolean")}
-    return check_fields(given["stream_options"], fields, "stream_options.").get("include_usage", False)
+    return check_fields(given["stream_options"], STREAM_OPTIONS, "stream_options.").get("include_usage", False)
 
 
 def parse_logit_bias(given: dict) -> dict[int, float]:
@@ -4809,20 +4830,25 @@ STRUCTURE_FIELDS = {f.name: f for f in (  # as vLLM spells them
     Field("json_object", "boolean", neutral=(None, False)))}
 
 
-def parse_response_format(given: dict) -> Structure:
-    """OpenAI's: json_object or json_schema."""
+def parse_response_format(given: dict) -> Structure | None:
+    """OpenAI's: text, json_object or json_schema."""
     checked = check_fields(given, RESPONSE_FORMAT_FIELDS, "response_format.")
-    kind = checked.get("type")
-    if kind == "json_object" and "json_schema" not in checked:
-        return Structure("json", {"type": "object"}, "response_format")
-    if kind != "json_schema":
+    kind, place = checked.get("type"), "response_format.json_schema."
+    if kind not in ("text", "json_object", "json_schema"):
         raise APIError(f"response_format.type is {shorten(kind)}; text, json_object and json_schema are supported",
                        "response_format.type", code="unsupported_value")
-    schema = check_fields(checked.get("json_schema", {}), SCHEMA_FIELDS, "response_format.json_schema.").get("schema")
-    if schema is None:
-        raise APIError("response_format.json_schema.schema is missing; a JSON schema is expected",
-                       "response_format.json_schema.schema")
-    return Structure("json", schema, "response_format.json_schema.schema")
+    if kind != "json_schema":
+        if "json_schema" in checked:
+            raise APIError(f"response_format.json_schema is not allowed with type {kind}", place[:-1])
+        return Structure("json", {"type": "object"}, "response_format") if kind == "json_object" else None
+    given = check_fields(checked.get("json_schema", {}), SCHEMA_FIELDS, place)
+    if "schema" not in given:
+        raise APIError(f"{place}schema is missing; a JSON schema is expected", f"{place}schema")
+    if not TOOL_NAME.fullmatch(given.get("name", "x")):
+        raise APIError(f"{place}name is {shorten(given['name'])!r}; 1 to 64 letters, digits, dots, underscores and "
+                       "hyphens are expected", f"{place}name")
+    label = ": ".join(given[name] for name in ("name", "description") if name in given)
+    return Structure("json", given["schema"], f"{place}schema", label)
 
 
 def parse_structured_outputs(given: dict) -> Structure:
@@ -4887,7 +4913,8 @@ def parse_structure(given: dict, tools: Seq[dict] = (), forced: Seq[dict] = ()) 
         return Structure("json", call_schema(forced), "tool_choice")
     if "response_format" in given:
         wanted = parse_response_format(given["response_format"])
-        return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
+        if wanted:
+            return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
     if "structured_outputs" in given:
         return parse_structured_outputs(given["structured_outputs"])
     return Structure("calls", call_beginnings(tools), strict_tool(tools)) if strict_tool(tools) else None
@@ -5161,6 +5188,11 @@ class CompletionReply(ChunkReply):
     def _chunk(self, index: int, text: str, logprobs: dict | None, finish_reason: str | None) -> dict:
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
+    def first_events(self) -> bytes:
+        """Several choices appear in order, whichever has text first."""
+        places = range(len(self.group.places) if len(self.group.places) > 1 else 0)
+        return b"".join(self._event(self._chunk(index, "", None, None)) for index in places)
+
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
         return self._prompt_event(index) + super().text_event(index, text, tokens)
 
@@ -5238,7 +5270,7 @@ TEXT_FIELDS = {f.name: f for f in (
     Field("format", "object", neutral=(None, {"type": "text"})),
     Field("verbosity", "unsupported", neutral=(None, "medium")))}
 FORMAT_FIELDS = {**SCHEMA_FIELDS, "type": Field("type", "string")}
-STREAM_FIELDS = {"include_obfuscation": Field("include_obfuscation", "unsupported", neutral=(None, False))}
+STREAM_FIELDS = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
 
@@ -7230,6 +7262,8 @@ class Server:
         """Run the prompts and answer, whole or in events; whatever happens, nothing of them runs on."""
         handler.facts |= {"user": shorten(request.user, 64)} if request.user else {}
         handler.facts |= {"metadata": request.metadata} if request.metadata else {}
+        label = request.structure.label if request.structure else ""
+        handler.facts |= {"format": shorten(label)} if label else {}
         constraint = llm.grammars.compile(request.structure) if request.structure else None
         most = request.params.max_tokens or llm.config.max_tokens
         client, used = handler.client, 0
@@ -7378,6 +7412,10 @@ class Server:
         self._check_model(llm, given.get("model"))
         if ("prompt" in given) == ("messages" in given):
             raise APIError("give either prompt or messages", "prompt")
+        unfit = set(given) & ({"add_special_tokens"} if "messages" in given else set(TEMPLATE_FIELDS) - {"model"})
+        if unfit:
+            other = "prompt" if "messages" in given else "messages"
+            raise APIError(f"{min(unfit)} is allowed only with {other}", min(unfit))
         if "messages" in given:
             ids = llm.template.encode(**parse_conversation(given))
         else:

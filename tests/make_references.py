@@ -1,7 +1,8 @@
 """Reference checkpoints and transformers' answers for them: `python tests/make_references.py [name ...]`.
 
 Importing this file needs NumPy only. Rewriting tests/references/ also needs torch and transformers, and ends in the
-same bytes each time (with torch 2.13.0 and transformers 5.23.0; other releases may round differently).
+same bytes each time on one machine (with torch 2.13.0 and transformers 5.23.0; other releases and CPUs round
+differently, by 1e-5 in a logit).
 `random_checkpoint` writes a Llama checkpoint of any size without torch, for the other tests.
 
 Each folder under tests/references/ is what a user downloads (config, tokenizer, weights) plus the answers that
@@ -9,7 +10,8 @@ transformers gives in float32 (references/demo holds the answers alone; the mode
 
 reference.npz    for each prompt i: prompt_token_ids_i (P,), output_token_ids_i (64,) greedy with eos ignored,
                  positions_i (R,) and logits_i (R, V) float32. Row r holds the logits after the token at positions_i[r]
-                 of prompt + output, so the row of position P - 1 chooses the first output token.
+                 of prompt + output, so the row of position P - 1 chooses the first output token;
+                 logprobs_i (64,) float32, the output tokens' natural log-probabilities.
 reference.json   transformers, seed, margins (one a prompt: the least top-1 minus top-2 of the 64 steps, over
                  max|logits|); added_ids, texts, decodes, conversations (see `text_answers`).
 
@@ -677,6 +679,13 @@ def least_margin(prompt, output, logits):
     return float((steps[:, -1] - steps[:, -2]).min() / np.abs(logits).max())
 
 
+def output_logprobs(prompt, output, logits):
+    """The natural log-probability (64,) of each output token, in float64."""
+    steps = np.float64(logits[len(prompt) - 1:len(prompt) - 1 + len(output)])
+    steps -= steps.max(1, keepdims=True)
+    return steps[np.arange(len(output)), output] - np.log(np.exp(steps).sum(1))
+
+
 def write_arrays(path, runs, first_stride=1):
     """Write reference.npz."""
     arrays = {}
@@ -684,7 +693,8 @@ def write_arrays(path, runs, first_stride=1):
         stride = first_stride if i == 0 else LONG_PROMPT_STRIDE
         positions = np.unique([*range(0, len(logits), stride), len(prompt) - 1, len(logits) - 1])
         arrays |= {f"prompt_token_ids_{i}": np.int32(prompt), f"output_token_ids_{i}": np.int32(output),
-                   f"positions_{i}": np.int32(positions), f"logits_{i}": np.float32(logits[positions])}
+                   f"positions_{i}": np.int32(positions), f"logits_{i}": np.float32(logits[positions]),
+                   f"logprobs_{i}": np.float32(output_logprobs(prompt, output, logits))}
     np.savez_compressed(path, **arrays)
 
 

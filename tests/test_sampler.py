@@ -2,7 +2,9 @@
 import numpy as np
 import pytest
 import strict_device
-from rustinfer import ArrayBackend, Sampler, SamplingParams, philox_uniform
+from harness import REFERENCES, need_tool
+from rustinfer import (ArrayBackend, CpuBackend, CpuSampler, EngineConfig, ModelConfig, Sampler, SamplingParams,
+                       philox_uniform, pick_backend)
 
 GREEDY = SamplingParams(temperature=0)
 WORD = 0xFFFFFFFF
@@ -282,6 +284,64 @@ def test_logprobs_are_of_the_plain_distribution_and_sum_to_one(sampler):
         assert abs(drawn.logprob - expected[row, drawn.token_id]) < 1e-5
         assert all(abs(value - expected[row, token_id]) < 1e-5 for token_id, value in drawn.top)
         assert dict(drawn.top)[drawn.token_id] == drawn.logprob
+
+
+@pytest.fixture(scope="module", params=["numpy", "kernels"])
+def any_sampler(request):
+    """The specification and the sampler of the C kernels."""
+    off = request.param == "numpy"
+    off or need_tool("cc", "gcc", "clang")
+    config = EngineConfig(device="cpu", cpu_kernels="off" if off else "auto")
+    backend, reason = pick_backend(config, ModelConfig.load(REFERENCES / "llama3-tied"))
+    assert off or isinstance(backend, CpuBackend), reason
+    yield (Sampler if off else CpuSampler)(backend)
+    backend.close()
+
+
+def distribution(kind, size):
+    rng = np.random.default_rng(3)
+    return {"flat": np.zeros(size), "even": np.full(size, -31.7), "normal": rng.standard_normal(size) * 3,
+            "wide": rng.standard_normal(size) * 30, "peaked": np.where(np.arange(size) == size // 3, 60, 0),
+            "nearly peaked": np.where(np.arange(size) == size // 3, 10, rng.standard_normal(size)),
+            "high": rng.standard_normal(size) + 200}[kind].astype(np.float32)
+
+
+def forced_logprobs(sampler, logits, token_ids):
+    """The log-probability of each of these tokens where it is the only one allowed."""
+    found, params = [], SamplingParams(temperature=0, logprobs=0)
+    for start in range(0, len(token_ids), 32):
+        given = token_ids[start : start + 32]
+        masks = [np.arange(len(logits)) == token_id for token_id in given]
+        rows, none = np.repeat(logits[None], len(given), 0), [0] * len(given)
+        drawn = sampler.sample(rows, [params] * len(given), none, none, none, masks=masks)
+        assert [row.token_id for row in drawn] == list(given)
+        assert [row.logprob for row in sampler.score(rows, given, none)] == pytest.approx(
+            [row.logprob for row in drawn], abs=1e-4)
+        found += [row.logprob for row in drawn]
+    return np.array(found)
+
+
+KINDS = ["flat", "even", "normal", "wide", "peaked", "nearly peaked", "high"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_sum_to_one_over_the_vocabulary(any_sampler, kind):
+    logprobs = forced_logprobs(any_sampler, distribution(kind, 777), np.arange(777))
+    assert abs(np.exp(logprobs).sum() - 1) < 1e-5 and logprobs.max() <= 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_probabilities_sum_to_one_over_a_large_vocabulary(any_sampler, kind):
+    """A row's log-probabilities are its logits less one number; what some tokens say of it holds for all.
+
+    Those above e^-30 say it: below, the rounding of a float32 is larger than what the token adds to the sum.
+    """
+    logits = distribution(kind, 128_256)
+    some = np.unique([*np.random.default_rng(0).integers(0, len(logits), 60), *np.argsort(logits)[-20:]])
+    logprobs, logits = forced_logprobs(any_sampler, logits, some), logits.astype(np.float64)
+    numbers = (logits[some] - logprobs)[logprobs > -30]
+    for number in (numbers.min(), numbers.max()):
+        assert abs(np.exp(logits - number).sum() - 1) < 1e-5
 
 
 def test_the_likeliest_tokens_come_in_order(sampler):

@@ -135,7 +135,7 @@ def test_tools_are_rendered_by_the_models_template(demo_server):
 
 
 @pytest.mark.parametrize("fields, param", [
-    ({"tools": {}}, "tools"), ({"tools": [5]}, "tools[0]"), ({"tools": [{"type": "web_search"}]}, "tools[0]"),
+    ({"tools": {}}, "tools"), ({"tools": [5]}, "tools[0]"), ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
     ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]}, "tools[0].function.parameters"),
