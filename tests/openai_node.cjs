@@ -144,7 +144,18 @@ cases.errors_are_the_classes_that_programs_catch = async client => {
 cases.what_is_not_served_is_a_clean_error = async client => {
   const missing = {name: "Error", constructor: OpenAI.NotFoundError, status: 404, code: "not_found"};
   await assert.rejects(client.embeddings.create({model: "demo", input: "Hello"}), missing);
-  await assert.rejects(client.responses.create({model: "demo", input: "Hello"}), missing);
+};
+
+cases.responses_whole_and_streamed = async client => {
+  const body = {model: "demo", input: "What is Rust?", temperature: 0};
+  const whole = await client.responses.create(body);
+  assert.match(whole.output_text, /^Rust is/);
+  const stream = client.responses.stream(body);
+  let text = "";
+  stream.on("response.output_text.delta", event => { text += event.delta; });
+  const final = await stream.finalResponse();
+  assert.equal(text, whole.output_text);
+  assert.equal(final.output_text, whole.output_text);
 };
 
 cases.completions_whole_and_streamed = async client => {

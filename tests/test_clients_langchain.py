@@ -116,12 +116,17 @@ def test_errors_are_the_classes_that_programs_catch(demo_server, fields, kind, p
         list(chat.stream("Hello")) if streamed else chat.invoke("Hello")
 
 
+def test_the_responses_route_answers_alike(demo_server, chat):
+    answer = chat_of(demo_server, use_responses_api=True).invoke("What is Rust?")
+    assert "".join(block["text"] for block in answer.content) == chat.invoke("What is Rust?").content
+    parts = chat_of(demo_server, use_responses_api=True).stream("What is Rust?")
+    assert "".join(block.get("text", "") for part in parts for block in part.content) == answer.content[0]["text"]
+
+
 def test_what_is_not_served_is_a_clean_error(demo_server, chat):
     image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
     with pytest.raises(openai.BadRequestError, match="image_url; text is supported"):
         chat.invoke([core.messages.HumanMessage([image])])
-    with pytest.raises(openai.NotFoundError, match="no /v1/responses here"):
-        chat_of(demo_server, use_responses_api=True).invoke("Hello")
     embeddings = langchain.OpenAIEmbeddings(model="demo", base_url=demo_server.url + "/v1", api_key="unused",
                                             check_embedding_ctx_length=False)
     with pytest.raises(openai.NotFoundError, match="no /v1/embeddings here"):

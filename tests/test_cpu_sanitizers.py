@@ -126,7 +126,7 @@ def test_vectors_that_need_alignment_would_be_found(op):
 @pytest.mark.parametrize("mistake", [
     Mistake("llama.c", "llama.c", "for (int64_t t; (t = next_chunk(team)) < num_rows;)",
             "for (int64_t t = 0; t < num_rows; t++)"),
-    Mistake("team.c", "team.c", "phase + 1, memory_order_release", "phase + 1, memory_order_relaxed"),
+    Mistake("team.c", "team.c", "phase + 1, memory_order_seq_cst", "phase + 1, memory_order_relaxed"),
     Mistake("team.c", "team.c", "&team->phase, memory_order_acquire", "&team->phase, memory_order_relaxed")],
     ids=["shared rows", "release", "acquire"])
 def test_races_would_be_found(mistake):
