@@ -1,10 +1,11 @@
 """What operators use: Prometheus' numbers, the queue, time limits, the log as JSON, HTTPS."""
+import http.client
 import json
 import ssl
 import threading
 import time
 
-import httpx
+import openai
 import prometheus_client.parser
 import pytest
 import trustme
@@ -212,7 +213,7 @@ class TestTLS:
         trusted = ssl.create_default_context(cafile=str(files / "ca.pem"))
         with local_server(tiny_llm, ssl_certfile=cert, ssl_keyfile=key) as server:
             assert server.url.startswith("https://")
-            with client_of(server, http_client=httpx.Client(verify=trusted)) as client:
+            with client_of(server, http_client=openai.DefaultHttpxClient(verify=trusted)) as client:
                 options = dict(model="llama3-tied", messages=[{"role": "user", "content": "Hi"}], max_tokens=20,
                                temperature=0, extra_body={"ignore_eos": True})
                 whole = client.chat.completions.create(**options).choices[0].message.content
@@ -223,11 +224,10 @@ class TestTLS:
     def test_a_client_that_leaves_is_noticed(self, tiny_llm, files):
         trusted = ssl.create_default_context(cafile=str(files / "ca.pem"))
         with slowed(tiny_llm, 0.02), local_server(tiny_llm, ssl_certfile=str(files / "both.pem")) as server:
-            with httpx.Client(verify=trusted) as client:
-                body = {**chat_body(stream=True, **LONG)}
-                with client.stream("POST", server.url + CHAT, json=body) as answer:
-                    next(answer.iter_lines())
-                    assert len(tiny_llm.engine.scheduler.running) == 1
+            client = http.client.HTTPSConnection("localhost", server.port, context=trusted)
+            client.request("POST", CHAT, json.dumps(chat_body(stream=True, **LONG)))
+            assert client.getresponse().readline() and len(tiny_llm.engine.scheduler.running) == 1
+            client.close()
             wait_for(lambda: not tiny_llm.engine.scheduler.has_work)
 
     def test_plain_http_and_silence_hold_nobody_up(self, tiny_llm, files, monkeypatch):
@@ -236,8 +236,10 @@ class TestTLS:
         with local_server(tiny_llm, ssl_certfile=str(files / "both.pem")) as server:
             with RawConnection(server.port) as plain, RawConnection(server.port) as silent:
                 plain.send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-                with httpx.Client(verify=trusted) as client:
-                    assert client.get(server.url + "/health").status_code == 200
+                client = http.client.HTTPSConnection("localhost", server.port, context=trusted)
+                client.request("GET", "/health")
+                assert client.getresponse().status == 200
+                client.close()
                 plain.read_rest()
                 assert silent.at_end()
             wait_for(lambda: not server.connections)
