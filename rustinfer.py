@@ -2881,11 +2881,11 @@ def pack_bits(allowed: np.ndarray) -> np.ndarray:
 class Constraint:
     """The state of one answer in its grammar. One thread at a time uses it."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher, self._vocab_size, self._failed = matcher, vocab_size, False
+    def __init__(self, matcher: Any, vocab_size: int, param: str = "structured_outputs"):
+        self._matcher, self._vocab_size, self._param, self._failed = matcher, vocab_size, param, False
 
     def copy(self) -> Constraint:
-        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._param)
 
     def bits(self) -> np.ndarray:
         """The tokens that may come next, as `pack_bits`; all where the matcher fails: `accept` refuses any then."""
@@ -2906,6 +2906,13 @@ class Constraint:
     def is_complete(self) -> bool:
         """True when nothing more may come."""
         return self._ask("is_stopped", otherwise=False) and not self._ask("is_error", otherwise=True)
+
+    def problem(self) -> Exception:
+        """Why `accept` refused: what was asked for is beyond the matcher's limits, or the matcher is broken."""
+        found = self._ask("get_error", otherwise="") if self._ask("is_error", otherwise=False) else ""
+        if found:
+            return APIError(f"{self._param} cannot be enforced: {shorten(found)}", self._param)
+        return EngineError("the grammar refused a token that it had allowed")
 
     def _ask(self, question: str, *arguments: Any, otherwise: Any) -> Any:
         """What the matcher says, or `otherwise` where it fails: that ends its request, and others in the step go on."""
@@ -2964,7 +2971,7 @@ class GrammarCompiler:
             problem = str(error)
         if problem:
             raise APIError(f"{structure.param} cannot be enforced: {shorten(problem)}", structure.param)
-        return Constraint(found, self._vocab_size)
+        return Constraint(found, self._vocab_size, structure.param)
 
 
 # ==============================================================================
@@ -4220,7 +4227,7 @@ class Engine:
         if handle.timing.first_token is None:
             handle.timing.first_token = time.monotonic()
         if seq.constraint and not seq.constraint.accept(token.token_id):
-            return self._end(seq, "error", EngineError("the grammar refused a token that it had allowed"))
+            return self._end(seq, "error", seq.constraint.problem())
         handle.put(token)
         if reason := self._stop_reason(seq, token.token_id, place + 1 - seq.num_prompt_tokens):
             del seq.token_ids[place + 1 :]  # the overrun token
@@ -6946,6 +6953,13 @@ class Shutdown:
             time.sleep(0.05)
 
 
+def share_arena() -> None:
+    """One heap of the C library for all threads. It would give each its own, where what the threads of connections
+    leave behind adds up; the interpreter's lock lets them take turns anyway."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
+
+
 def raise_file_limit(wanted: int) -> None:
     """Let the process open this many files, as far as the system allows."""
     try:
@@ -6973,6 +6987,7 @@ def listen(settings: dict[str, Any]) -> Server:
 
 def serve(settings: dict[str, Any]) -> int:
     """Bind, load, serve until a signal or the engine's death; the exit code."""
+    share_arena()
     shutdown = Shutdown()
     config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
     raise_file_limit(settings["max_connections"] + 256)

@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent),
                 str(Path(__file__).resolve().parent.parent.parent)]
 import psutil  # noqa: E402
-from fuzz import Broken, Maker, check_log  # noqa: E402
+from fuzz import Broken, Maker, read_tracebacks  # noqa: E402
 from harness import RawConnection, ServerProcess, parse_events, streamed_text, wait_for  # noqa: E402
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -186,7 +186,7 @@ def soak(seconds, num_clients=32, tell=lambda *_: None):
     """(what was done and answered, what went wrong, [(second, bytes)])."""
     with ServerProcess(*FLAGS) as server:
         threads, expected = warm_up(server)
-        stopped, process, samples = threading.Event(), psutil.Process(server.process.pid), []
+        stopped, process, samples, tracebacks = threading.Event(), psutil.Process(server.process.pid), [], []
         clients = [Client(server.port, seed, expected, stopped) for seed in range(num_clients)]
         running = [threading.Thread(target=client.run) for client in clients]
         started = time.monotonic()
@@ -195,7 +195,7 @@ def soak(seconds, num_clients=32, tell=lambda *_: None):
         while time.monotonic() - started < seconds:
             time.sleep(min(5, seconds / 50))
             samples.append((time.monotonic() - started, process.memory_info().rss))
-            check_log(server)
+            tracebacks += read_tracebacks(server)
             tell(*samples[-1])
         stopped.set()
         for thread in running:
@@ -204,7 +204,7 @@ def soak(seconds, num_clients=32, tell=lambda *_: None):
         if server.stop() != 0:
             raise Broken(f"the server ended with {server.process.returncode}")
     seen = sum((client.seen for client in clients), collections.Counter())
-    return seen, [error for client in clients for error in client.broken], samples
+    return seen, tracebacks + [error for client in clients for error in client.broken], samples
 
 
 def growth(samples, after):
