@@ -955,7 +955,7 @@ class ChatTemplate:
                 size += len(part)
                 if size > MAX_RENDERED:
                     raise APIError(f"the rendered prompt is longer than {MAX_RENDERED} characters", "messages")
-        except APIError:
+        except (APIError, MemoryError):
             raise
         except Exception as error:  # a template is the model's own program: whatever it raises is about these messages
             reason = str(error) if isinstance(error, jinja2.TemplateError) else error
@@ -2913,20 +2913,18 @@ def pack_bits(allowed: np.ndarray) -> np.ndarray:
 class Constraint:
     """The state of one answer in its grammar. One thread at a time uses it."""
 
-    def __init__(self, matcher: Any, vocab_size: int):
-        self._matcher, self._vocab_size, self._failed = matcher, vocab_size, False
+    def __init__(self, matcher: Any, vocab_size: int, param: str = "structured_outputs"):
+        self._matcher, self._vocab_size, self._param, self._failed = matcher, vocab_size, param, False
 
     def copy(self) -> Constraint:
-        return Constraint(self._matcher.deep_copy(), self._vocab_size)
+        return Constraint(self._matcher.deep_copy(), self._vocab_size, self._param)
 
     def bits(self) -> np.ndarray:
         """The tokens that may come next, as `pack_bits`; all where the matcher fails: `accept` refuses any then."""
-        try:
-            found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
-        except Exception as error:  # of one request: the others in this step go on
-            log.error("a grammar failed: %s", shorten(error))
-            self._failed = True
+        mask = self._ask("compute_bitmask", otherwise=None)
+        if mask is None:
             return pack_bits(np.ones(self._vocab_size, bool))
+        found = np.frombuffer(mask, np.uint32)
         bits = np.zeros(-(-self._vocab_size // 32), np.uint32)
         bits[: len(found)] = found[: len(bits)]
         bits[-1] &= np.uint32(0xFFFFFFFF >> -self._vocab_size % 32)
@@ -2934,12 +2932,28 @@ class Constraint:
 
     def accept(self, token_id: int) -> bool:
         """Goes on behind a token; False when the grammar cannot."""
-        return not self._failed and self._matcher.consume_token(token_id)
+        return not self._failed and self._ask("consume_token", token_id, otherwise=False)
 
     @property
     def is_complete(self) -> bool:
         """True when nothing more may come."""
-        return self._matcher.is_stopped() and not self._matcher.is_error()
+        return self._ask("is_stopped", otherwise=False) and not self._ask("is_error", otherwise=True)
+
+    def problem(self) -> Exception:
+        """Why `accept` refused: what was asked for is beyond the matcher's limits, or the matcher is broken."""
+        found = self._ask("get_error", otherwise="") if self._ask("is_error", otherwise=False) else ""
+        if found:
+            return APIError(f"{self._param} cannot be enforced: {shorten(found)}", self._param)
+        return EngineError("the grammar refused a token that it had allowed")
+
+    def _ask(self, question: str, *arguments: Any, otherwise: Any) -> Any:
+        """What the matcher says, or `otherwise` where it fails: that ends its request, and others in the step go on."""
+        try:
+            return getattr(self._matcher, question)(*arguments)
+        except BaseException as error:  # a panic in Rust is no Exception
+            log.error("a grammar failed: %s", shorten(error))
+            self._failed = True
+            return otherwise
 
 
 class GrammarCompiler:
@@ -2989,7 +3003,7 @@ class GrammarCompiler:
             problem = str(error)
         if problem:
             raise APIError(f"{structure.param} cannot be enforced: {shorten(problem)}", structure.param)
-        return Constraint(found, self._vocab_size)
+        return Constraint(found, self._vocab_size, structure.param)
 
 
 # ==============================================================================
@@ -3239,12 +3253,12 @@ class FairQueue:
         return (seq for line in self._lines.values() for seq in line)
 
     def append(self, seq: Sequence) -> None:
-        if seq.tenant not in self._served:
-            self._served[seq.tenant] = min(self._served.values(), default=0)
+        self._served.setdefault(seq.tenant, min(self._served.values(), default=0))
         self._lines.setdefault(seq.tenant, deque()).append(seq)
 
     def put_first(self, seq: Sequence) -> None:
         """Back to the head of its tenant's line."""
+        self._served.setdefault(seq.tenant, min(self._served.values(), default=0))
         self._lines.setdefault(seq.tenant, deque()).appendleft(seq)
 
     def remove(self, seq: Sequence) -> None:
@@ -3287,6 +3301,8 @@ class Scheduler:
 
     A tenant whose turn it is and who runs less than an equal share does not wait for long: if PATIENCE steps admit
     nobody, the newest sequence of the tenant most over that share is preempted.
+
+    A sequence whose tokens nobody reads is put aside until somebody does: it has neither blocks nor a turn then.
     """
 
     PATIENCE = 4  # steps
@@ -3296,18 +3312,26 @@ class Scheduler:
         self.blocks, self.max_num_seqs, self.max_num_batched_tokens = blocks, max_num_seqs, max_num_batched_tokens
         self.waiting = FairQueue()
         self.running: list[Sequence] = []  # as admitted; see `schedule`
+        self.aside: set[Sequence] = set()  # they neither wait nor run
+        self._asked: dict[Sequence, bool] = {}  # who shall be put aside, or go on
         self.num_preemptions = 0
         self._num_held = 0  # steps in a row in which the next in turn waited below its share
 
     @property
     def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
+        return bool(self.waiting or self.running or self._asked)
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
 
+    def hold(self, seq: Sequence, on: bool) -> None:
+        """Put a sequence aside, or let it go on, with the next step."""
+        self._asked[seq] = on
+
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence in any state and free its blocks."""
+        self._asked.pop(seq, None)
+        self.aside.discard(seq)
         if seq in self.running:
             self.running.remove(seq)
         elif seq in self.waiting:
@@ -3317,6 +3341,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """Choose the next step; every sequence in it has blocks for all of its tokens."""
+        self._put_aside()
         self._make_room()
         self._admit()
         self._keep_shares()
@@ -3334,6 +3359,18 @@ class Scheduler:
         step = Step([seq for seq, _ in chosen], [share for _, share in chosen])
         self.waiting.charge(step)
         return step
+
+    def _put_aside(self) -> None:
+        """Do what `hold` was asked; who goes on is the next of its tenant."""
+        for seq, on in self._asked.items():
+            if on and seq in self.running:
+                self._take_back(seq)
+            elif on and seq not in self.aside:
+                self.waiting.remove(seq)
+            elif not on and seq in self.aside:
+                self.waiting.put_first(seq)
+            (self.aside.add if on else self.aside.discard)(seq)
+        self._asked.clear()
 
     def _make_room(self) -> None:
         """Give each running sequence the block its next token needs, preempting the newest where there is none."""
@@ -3353,7 +3390,7 @@ class Scheduler:
 
         Nobody can be admitted or must be preempted then, and no grammar is to go on behind such a token.
         """
-        if self.waiting and (len(self.running) < self.max_num_seqs or self._num_held >= self.PATIENCE):
+        if self._asked or self.waiting and (len(self.running) < self.max_num_seqs or self._num_held >= self.PATIENCE):
             return False
         if any(seq.constraint and seq.token_ids[-1] == PENDING and not seq.is_full for seq in self.running):
             return False
@@ -3361,11 +3398,14 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
+        self._take_back(seq)
+        self.waiting.put_first(seq)
+        self.num_preemptions += 1
+
+    def _take_back(self, seq: Sequence) -> None:
         self.running.remove(seq)
         self.blocks.release(seq)
-        self.waiting.put_first(seq)
         seq.num_preemptions += 1
-        self.num_preemptions += 1
 
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
@@ -3965,6 +4005,10 @@ class Handle:
         """Stop the request wherever it is; safe to call at any time, from any thread that does not hold `changed`."""
         self._engine.abort(self, reason)
 
+    def hold(self, on: bool) -> None:
+        """Compute nothing and keep no blocks while `on`; from any thread that does not hold `changed`."""
+        self._engine.hold(self, on)
+
     def put(self, token: Sampled) -> None:
         """Engine thread: hand over a token."""
         with self._changed:
@@ -4087,6 +4131,13 @@ class Engine:
                     self._aborted.append((handle.seq, reason))
                     self._work.notify()
 
+    def hold(self, handle: Handle, on: bool) -> None:
+        """Put a request aside before the next step, or let it go on."""
+        with self._lock:
+            if handle.seq in self._handles:
+                self.scheduler.hold(handle.seq, on)
+                self._work.notify()
+
     def close(self) -> None:
         """End what still runs with an error, stop the thread, free the device's memory. Safe to call twice."""
         with self._lock:
@@ -4112,7 +4163,8 @@ class Engine:
         with self._lock:
             scheduler, blocks = self.scheduler, self.blocks
             return {**self.metrics.snapshot(), "num_requests_running": len(scheduler.running),
-                    "num_requests_waiting": len(scheduler.waiting), "num_preemptions": scheduler.num_preemptions,
+                    "num_requests_waiting": len(scheduler.waiting) + len(scheduler.aside),
+                    "num_preemptions": scheduler.num_preemptions,
                     "kv_blocks_total": blocks.num_blocks, "kv_blocks_used": blocks.num_blocks - blocks.num_free}
 
     # -- the engine thread
@@ -4218,7 +4270,7 @@ class Engine:
         if handle.timing.first_token is None:
             handle.timing.first_token = time.monotonic()
         if seq.constraint and not seq.constraint.accept(token.token_id):
-            return self._end(seq, "error", EngineError("the grammar refused a token that it had allowed"))
+            return self._end(seq, "error", seq.constraint.problem())
         handle.put(token)
         if reason := self._stop_reason(seq, token.token_id, place + 1 - seq.num_prompt_tokens):
             del seq.token_ids[place + 1 :]  # the overrun token
@@ -6186,6 +6238,17 @@ class Group:
         for answer in self.answers:
             answer.handle.abort()
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Meanwhile nothing is computed and no blocks are kept; the reading thread asks for it."""
+        for answer in self.answers:
+            answer.handle.hold(True)
+        try:
+            yield
+        finally:
+            for answer in self.answers:
+                answer.handle.hold(False)
+
     def advance(self, timeout: float | None = None, at_least: int = 1) -> list[tuple[int, str, list[Sampled]]]:
         """What came since the last call as (place, text, tokens); waits like `Answer.advance`, for any of them."""
         if len(self.places) == 1:
@@ -6328,7 +6391,11 @@ class LLM:
         prompt = prompt.tolist() if isinstance(prompt, np.ndarray) else prompt
         token_ids = self.tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
         handle = self.engine.submit(token_ids, params, tenant, param, changed, choice, constraint)
-        return Answer(self.tokenizer, handle)
+        try:
+            return Answer(self.tokenizer, handle)
+        except BaseException:
+            handle.abort()
+            raise
 
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
                  **options: Any) -> list[RequestOutput] | Iterator[Piece]:
@@ -6387,6 +6454,8 @@ class LLM:
 MAX_HEAD, MAX_LINE, MAX_BODY, MAX_REST, MAX_HEADERS = 32 << 10, 8 << 10, 4 << 20, 256 << 10, 100  # bytes; a count
 HEAD_TIMEOUT, BODY_TIMEOUT, IDLE_TIMEOUT = 10.0, 20.0, 75.0  # seconds, of whole phases
 REST_TIMEOUT, LINGER_TIMEOUT = 5.0, 15.0  # seconds, to read unwanted input away: before a next request, before closing
+MAX_UNSENT = 32 << 10  # bytes that the system takes from us before the client takes them; its own default is megabytes
+STALL_TIME = 0.2  # seconds without room for more until a client counts as not reading
 PING_INTERVAL = 5.0  # seconds of silence before an open stream gets a comment
 PLACE_INTERVAL = 1.0  # seconds between two comments that tell a waiting stream its place in the queue
 EXPOSED_HEADERS = ", ".join(["x-request-id", "Server-Timing", "Retry-After", *(
@@ -6426,7 +6495,12 @@ class HTTPReader:
         if left <= 0:
             raise TimeoutError
         self._connection.settimeout(left)
-        data = self._connection.recv(65536)
+        try:
+            data = self._connection.recv(65536)
+        except TimeoutError:
+            raise
+        except OSError:  # a reset, or bytes that are no TLS
+            raise Disconnected from None
         if not data:
             raise Disconnected
         self.buffer += data
@@ -6618,8 +6692,9 @@ def shake_hands(connection: ssl.SSLSocket, deadline: float) -> None:
         try:
             return connection.do_handshake()
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
-            readers, writers = ([connection], []) if isinstance(wanted, ssl.SSLWantReadError) else ([], [connection])
-            if not any(select.select(readers, writers, [], max(0.0, deadline - time.monotonic()))):
+            poller = select.poll()  # select() knows no descriptor above 1023
+            poller.register(connection, select.POLLIN if isinstance(wanted, ssl.SSLWantReadError) else select.POLLOUT)
+            if not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
                 raise TimeoutError from None
 
 
@@ -6631,6 +6706,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         self.connection: socket.socket = self.request
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
+        if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+            self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
         self.write_timeout = self.server.owner.config.write_timeout
         self.reader = HTTPReader(self.connection)
         self.busy, self.since = False, time.monotonic()
@@ -6653,10 +6730,12 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def _handle_one(self, owner: Server) -> bool:
         """One request and its answer; False when the connection ends with it."""
         self.busy, self.since = False, time.monotonic()
-        self.http, self.body_read, self.head_sent, self.must_close = None, False, False, False
+        self.http, self.body_read, self.must_close = None, False, False
+        self.answer_begun = self.stream_open = False
         self.request_id, self.status, self.facts = secrets.token_hex(8), 0, {}
         self.client: Client | None = None  # once it is known who asks
         self.reply: Reply | None = None  # of a stream
+        self.stalled: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
         self.reader.wait(IDLE_TIMEOUT)
         started = self.since = time.monotonic()
         try:
@@ -6668,7 +6747,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self._answer_error(error)
         except (Disconnected, ConnectionError, TimeoutError):
             self.facts["error"], self.must_close = "client_left", True
-        except Exception as error:
+        except BaseException as error:  # a panic in a library's Rust is no Exception
             log.exception("request %s failed", self.request_id)
             shown = str(error) if isinstance(error, EngineError) else "internal error; the log has the details"
             self._answer_error(APIError(shown, status=500, type="server_error", code="internal_error",
@@ -6706,8 +6785,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                              f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
         expected = request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1)
         if expected and not self.reader.buffer:
-            self.connection.settimeout(self.write_timeout)
-            self.connection.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+            self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
         try:
             size = request.content_length
             body = self._read_chunks(deadline) if request.chunked else self.reader.exactly(size, deadline)
@@ -6775,11 +6853,25 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     # -- writing
 
     def _send(self, data: bytes) -> None:
-        self.connection.settimeout(self.write_timeout)
-        self.connection.sendall(data)
+        """All of it within write_timeout, or Disconnected. While the client does not read, `stalled()` is entered."""
+        deadline, rest, patience = time.monotonic() + self.write_timeout, memoryview(data), STALL_TIME
+        with contextlib.ExitStack() as stalled:
+            while rest:
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Disconnected
+                self.connection.settimeout(min(left, patience))
+                try:
+                    rest = rest[self.connection.send(rest) :]
+                except TimeoutError:
+                    if patience == STALL_TIME:
+                        stalled.enter_context(self.stalled())
+                    patience = math.inf
+                except OSError:
+                    raise Disconnected from None
 
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
-        self.status, self.head_sent = status, True
+        self.status = status
         keep = self.http is not None and self.http.keep_alive and not self.must_close and self._can_skip_rest()
         keep = keep and not self.server.owner.draining
         self.must_close = not keep
@@ -6797,7 +6889,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """A whole answer in one write."""
         headers = {**({"Content-Type": content_type} if status != 204 else {}), **(headers or {})}
         head = self._head(status, {**headers, **({"Content-Length": str(len(body))} if status != 204 else {})})
-        self._send(head if self.http and self.http.method == "HEAD" else head + body)
+        data = head if self.http and self.http.method == "HEAD" else head + body
+        self.answer_begun = True
+        self._send(data)
 
     def respond_json(self, value: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.respond(status, json.dumps(value).encode(), headers=headers)
@@ -6809,16 +6903,16 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             log.error("request %s: %s", self.request_id, error)
         self.must_close = self.must_close or isinstance(error, HTTPError)
         try:
-            if self.head_sent:  # a stream is open: its last event is the error
+            if self.stream_open:  # its last event is the error
                 self.write_stream(self.reply.error_event(error))
                 self.end_stream()
-                self.must_close = True
-                return
-            messages = self.http is not None and self.http.path.startswith("/v1/messages")
-            body = message_error(error, self.request_id) if messages else error.body()
-            self.respond_json(body, error.status, error.headers)
-        except OSError:
-            self.must_close = True
+            elif not self.answer_begun:
+                messages = self.http is not None and self.http.path.startswith("/v1/messages")
+                body = message_error(error, self.request_id) if messages else error.body()
+                return self.respond_json(body, error.status, error.headers)
+        except Disconnected:
+            pass
+        self.must_close = True
 
     def _linger(self) -> None:
         """Let the client read the answer before unread input makes the kernel reset the connection."""
@@ -6838,11 +6932,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self._pending = self._head(200, {
             "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
             **({"Transfer-Encoding": "chunked"} if self._chunked else {})})
+        self.stream_open = True
 
     def write_stream(self, data: bytes) -> None:
         """Send events, as one chunk and one write (with the head, the first time)."""
         framed = b"%x\r\n%s\r\n" % (len(data), data) if self._chunked else data
-        framed, self._pending = self._pending + framed, b""
+        framed = self._pending + framed
+        self._pending = b""
         self._send(framed)
 
     def end_stream(self) -> None:
@@ -6881,6 +6977,7 @@ class HTTPServer(http.server.ThreadingHTTPServer):
             return connection, address
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # the accept loop would spin until a file is closed
+                self._drop_idle()
                 time.sleep(0.05)
             raise
 
@@ -6888,11 +6985,13 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         """At the cap the oldest connection without a request makes room; if all are at work, the new one is refused."""
         with self._lock:
             self._open += 1
-        if self._open <= self._max_connections or self._drop_idle():
-            super().process_request(request, client_address)
-        else:
+        try:
+            if self._open <= self._max_connections or self._drop_idle():
+                return super().process_request(request, client_address)
             log.warning("connection of %s refused: all %d are in use", client_address[0], self._max_connections)
-            self._refuse(request)
+        except RuntimeError as error:
+            log.warning("connection of %s refused: %s", client_address[0], error)  # the system gives no thread
+        self._refuse(request)
 
     def shutdown_request(self, request: socket.socket) -> None:
         """Close a connection; called once for each that was accepted."""
@@ -7308,6 +7407,7 @@ class Server:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
         handler, group, interval, ended = job.handler, job.group, llm.config.stream_interval, set()
         reply = handler.reply = make_reply()
+        handler.stalled = group.held
         parts = self._wait_for_first(job, llm)
         events, written = reply.first_events(), time.monotonic()
         while True:
@@ -7502,6 +7602,16 @@ class JSONFormatter(logging.Formatter):
                            **(facts or {"message": record.getMessage()}), **error})
 
 
+def write_through(stream: Any, text: str) -> None:
+    """Write past a stream's buffer: its lock would hold the exit up at a full pipe, its rest would fail the exit."""
+    data = text.encode(errors="backslashreplace")
+    try:
+        while data:
+            data = data[os.write(stream.fileno(), data) :]
+    except (OSError, ValueError, AttributeError):
+        pass  # a closed pipe, a full disk or no stream at all must not stop the server
+
+
 class DroppingLogHandler(logging.Handler):
     """Writes records to a stream from its own thread; if nobody reads the stream they are dropped, never waited for."""
 
@@ -7524,12 +7634,7 @@ class DroppingLogHandler(logging.Handler):
 
     def _write(self) -> None:
         while (text := self._queue.get()) is not None:
-            data = (text + "\n").encode(errors="backslashreplace")
-            try:
-                while data:  # past the stream's buffer, whose lock the exit needs while a full pipe holds this thread
-                    data = data[os.write(self._stream.fileno(), data) :]
-            except (OSError, ValueError, AttributeError):
-                pass  # a closed pipe, a full disk or no stderr at all must not stop the server
+            write_through(self._stream, text + "\n")
 
     def close(self) -> None:
         try:
@@ -7570,7 +7675,7 @@ class Shutdown:
     """SIGTERM and SIGINT: the first asks for a clean end, the second ends the process at once."""
 
     def __init__(self):
-        self.asked, self.loading = False, True
+        self.asked, self.loading = False, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
 
@@ -7581,6 +7686,12 @@ class Shutdown:
         if self.loading:
             raise Interrupted
 
+    def interrupt(self) -> None:
+        """From now until `loading` is unset a signal raises Interrupted; at once if one has come."""
+        self.loading = True
+        if self.asked:
+            raise Interrupted
+
     def ask(self) -> None:
         self.asked = True
 
@@ -7588,6 +7699,13 @@ class Shutdown:
         """Until asked. It polls: a signal that another thread receives would not wake this one, the main one."""
         while not self.asked:
             time.sleep(0.05)
+
+
+def share_arena() -> None:
+    """One heap of the C library for all threads. It would give each its own, where what the threads of connections
+    leave behind adds up; the interpreter's lock lets them take turns anyway."""
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+        ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
 
 
 def raise_file_limit(wanted: int) -> None:
@@ -7617,13 +7735,15 @@ def listen(settings: dict[str, Any]) -> Server:
 
 def serve(settings: dict[str, Any]) -> int:
     """Bind, load, serve until a signal or the engine's death; the exit code."""
+    share_arena()
     shutdown = Shutdown()
     config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
     raise_file_limit(settings["max_connections"] + 256)
     server = llm = None
-    if settings["device"].startswith("cuda"):
-        find_card(settings["device"])  # a card that is not there is told before anything starts
     try:
+        shutdown.interrupt()
+        if settings["device"].startswith("cuda"):
+            find_card(settings["device"])  # a card that is not there is told before anything starts
         server = listen(settings)
         if not server.has_keys and not is_loopback(settings["host"]):
             log.warning("no API key is set and %s can be reached from other machines; set --api-key", settings["host"])
@@ -7632,8 +7752,7 @@ def serve(settings: dict[str, Any]) -> int:
         llm.engine.on_death = shutdown.ask
         server.attach(llm)
         shutdown.loading = False
-        with contextlib.suppress(OSError):  # nobody need read it
-            print(describe_model(llm, server), flush=True)
+        write_through(sys.stdout, describe_model(llm, server) + "\n")
         shutdown.wait()
     except Interrupted:
         pass
@@ -7660,7 +7779,7 @@ def main(argv: Seq[str] | None = None) -> int:
     except (RustinferError, OSError) as error:
         if handler:
             handler.close()  # what was logged comes first, and not into the middle of this line
-        print(f"rustinfer: {error}", file=sys.stderr)
+        write_through(sys.stderr, f"rustinfer: {error}\n")
         return 2 if isinstance(error, SettingsError) else 1
     finally:
         if handler:

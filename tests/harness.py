@@ -79,7 +79,7 @@ class ServerProcess:
     def _read_port(self) -> int:
         for _ in range(3000):
             self.read_log()
-            if match := re.search(r"listening on http://\S+?:(\d+)", self.log):
+            if match := re.search(r"listening on https?://\S+?:(\d+)", self.log):
                 return int(match[1])
             if self.process.poll() is not None:
                 break

@@ -1,6 +1,6 @@
 """Keys, limits and shares: who may ask, for how much, and what is told to those who may not."""
 import concurrent.futures
-import itertools
+import contextlib
 import json
 import threading
 
@@ -242,24 +242,42 @@ class TestLimits:
 
 
 class TestShares:
-    def test_one_request_passes_500_of_another_key(self, tiny_llm, tmp_path):
-        path = key_file(tmp_path, ("alice", ALICE, {}), ("bob", BOB, {}))
-        engine, order = tiny_llm.engine, itertools.count()
-        with slowed(tiny_llm, 0.002), local_server(tiny_llm, api_key_file=path, max_connections=700) as server:
-            alice = server._access.client(ALICE, "").tenant
-            params = rustinfer.SamplingParams(max_tokens=40, ignore_eos=True)
-            with engine._lock:
-                limit, engine.config = engine.config, rustinfer.dataclasses.replace(engine.config, max_queue=600)
-            crowd = [engine.submit([60, 61, 62 + number % 40], params, alice) for number in range(500)]
-            wait_for(lambda: len(engine.scheduler.running) == engine.config.max_num_seqs)
+    """500 requests of one key and one of another, over HTTP, with equal prompts."""
+
+    @pytest.fixture
+    def llm(self):
+        with rustinfer.LLM(None, device="cpu", max_queue=600) as llm, slowed(llm, 0.002):
+            yield llm
+
+    @pytest.fixture
+    def shared(self, llm, monkeypatch):
+        """Blocks that sequences of two tenants had at once, in any step."""
+        schedule, found = llm.engine.scheduler.schedule, []
+
+        def watched():
+            step, owners = schedule(), {}
+            for seq in llm.engine.scheduler.running:
+                found.extend(block for block in seq.block_table if owners.setdefault(block, seq.tenant) != seq.tenant)
+            return step
+
+        monkeypatch.setattr(llm.engine.scheduler, "schedule", watched)
+        return found
+
+    def test_one_request_passes_500_of_another_key_and_they_share_nothing(self, llm, shared, tmp_path):
+        path, engine = key_file(tmp_path, ("alice", ALICE, {}), ("bob", BOB, {})), llm.engine
+        body = {"messages": [{"role": "user", "content": "What is Rust? " * 8}], "ignore_eos": True, "max_tokens": 40}
+        with local_server(llm, api_key_file=path, max_connections=700) as server, contextlib.ExitStack() as opened:
+            crowd = [opened.enter_context(RawConnection(server.port)) for _ in range(500)]
+            for raw in crowd:
+                raw.send_request("POST", CHAT, body, bearer(ALICE))
+            wait_for(lambda: engine.snapshot()["num_requests_waiting"] > 400)
             steps = engine.metrics.steps
-            assert ask(server, "POST", CHAT, {**HELLO, "max_tokens": 1}, **bearer(BOB))[0] == 200
-            assert engine.metrics.steps - steps < 20 and sum(handle.finish_reason is None for handle in crowd) > 300
-            assert next(order) == 0
-            for handle in crowd:
-                handle.abort()
-            wait_for(lambda: not engine.scheduler.has_work)
-            engine.config = limit
+            status, _, answer = ask(server, "POST", CHAT, {**body, "max_tokens": 1}, **bearer(BOB))
+            assert status == 200 and answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+            assert engine.metrics.steps - steps < 20 and engine.snapshot()["num_requests_waiting"] > 300
+            hits = [raw.read_response()[2]["usage"]["prompt_tokens_details"]["cached_tokens"] for raw in crowd[-5:]]
+            assert min(hits) > 0 and shared == []
+        wait_for(lambda: not engine.scheduler.has_work and engine.snapshot()["kv_blocks_used"] == 0)
 
 
 class TestHosts:

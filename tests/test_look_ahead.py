@@ -1,5 +1,7 @@
 """Engine with a runner that launches a step before the tokens of the one before it are read, as on a card."""
+import random
 import threading
+import time
 
 import pytest
 from make_references import random_checkpoint
@@ -126,6 +128,23 @@ def test_no_more_tokens_than_asked_for_are_computed(open_late):
     handle = llm.engine.submit(PROMPT, GREEDY)
     assert len(list(handle)) == 40 and PENDING not in handle.seq.token_ids
     assert llm.engine.metrics.steps == 40
+
+
+def test_sequences_put_aside_and_let_go_on_at_any_moment_keep_their_tokens(open_late, folder):
+    params = SamplingParams(max_tokens=120, ignore_eos=True, seed=3, logprobs=2)
+    llm, rng = open_late(max_num_seqs=4), random.Random(5)
+    expected = answer_of(llm.engine.submit(PROMPT, params))
+    handles = [llm.engine.submit(PROMPT, params) for _ in range(7)]
+    held = 0
+    while not all(handle.finish_reason for handle in handles):
+        llm.engine.hold(rng.choice(handles), rng.random() < 0.4)
+        held += len(llm.engine.scheduler.aside)
+        if held > 300:
+            for handle in handles:
+                llm.engine.hold(handle, False)
+        time.sleep(0.0005)
+    assert held and all(answer_of(handle) == expected for handle in handles)
+    assert not llm.engine.scheduler.aside and llm.engine._runner.num_ahead > 20
 
 
 def test_abort_while_a_step_is_in_flight(open_late):

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pydantic
 import pytest
-from harness import REFERENCES, client_of, local_server
+from harness import REFERENCES, RawConnection, client_of, local_server
 
 import rustinfer
 from rustinfer import CallRules, Structure
@@ -236,6 +236,16 @@ def test_a_grammar_that_fails_takes_nobody_along(llm):
     with pytest.raises(rustinfer.EngineError, match="grammar"):
         list(broken)
     assert [token.token_id for token in other] == expected
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_schema_that_shows_itself_beyond_the_limits_only_in_use_is_refused(llm, stream):
+    deep = {"type": "array", "items": {"$ref": "#"}, "minItems": 10**9}
+    body = {"prompt": "a", "max_tokens": 6, "stream": stream, "structured_outputs": {"json": deep}}
+    with local_server(llm) as server, RawConnection(server.port) as raw:
+        status, _, answer = raw.request("POST", "/v1/completions", body)
+        assert (status, answer["error"]["code"]) == (400, "invalid_value")
+        assert answer["error"]["param"] == "structured_outputs.json"
 
 
 def test_the_demo_model_fills_a_schema():
