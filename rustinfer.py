@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import ast
 import atexit
+import base64
 import codecs
 import contextlib
 import ctypes
@@ -4165,6 +4166,7 @@ class Engine:
             return {**self.metrics.snapshot(), "num_requests_running": len(scheduler.running),
                     "num_requests_waiting": len(scheduler.waiting) + len(scheduler.aside),
                     "num_preemptions": scheduler.num_preemptions,
+                    "unfinished_tokens": sum(max(0, seq.num_output_tokens) for seq in self._handles),
                     "kv_blocks_total": blocks.num_blocks, "kv_blocks_used": blocks.num_blocks - blocks.num_free}
 
     # -- the engine thread
@@ -6379,6 +6381,13 @@ class LLM:
         check_options(options, SamplingParams, "sampling parameter")
         return dataclasses.replace(sampling_params or self.default_params, **options)
 
+    def describe_defaults(self) -> dict[str, float | int]:
+        """What a chat request gets that names nothing else."""
+        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+                 "repetition_penalty")
+        return {**{name: getattr(self.default_params, name) for name in names},
+                "max_tokens": self.config.max_tokens}
+
     def submit(self, prompt: str | dict | Seq[int], params: SamplingParams, param: str = "prompt",
                changed: threading.Condition | None = None, choice: int = 0,
                constraint: Constraint | None = None, tenant: Tenant = Tenant()) -> Answer:
@@ -6461,6 +6470,7 @@ PLACE_INTERVAL = 1.0  # seconds between two comments that tell a waiting stream 
 EXPOSED_HEADERS = ", ".join(["x-request-id", "Server-Timing", "Retry-After", *(
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset"))])
 OPEN_PATHS = ("/", "/health", "/ready")  # for everybody, whatever keys are set
+QUIET_PATHS = ("/health", "/ready", "/metrics", "/v1/metrics", "/v1/queue")  # asked every second or so: logged as debug
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % TOKEN)
@@ -6765,7 +6775,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.request_id = given
 
     def _log_request(self, started: float) -> None:
-        quiet = self.http is not None and self.http.path in ("/health", "/ready", "/metrics")
+        quiet = self.http is not None and self.http.path in QUIET_PATHS
         what = f"{shorten(self.http.method, 20)} {shorten(self.http.path, 80)}" if self.http else "bad request"
         facts = {"total_ms": round((time.monotonic() - started) * 1000, 1), **self.facts}
         plain = lambda value: isinstance(value, str) and re.fullmatch(r"[\w.,-]+", value, re.ASCII)
@@ -6887,8 +6897,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
     def respond(self, status: int, body: bytes, content_type: str = "application/json",
                 headers: dict[str, str] | None = None) -> None:
         """A whole answer in one write."""
-        headers = {**({"Content-Type": content_type} if status != 204 else {}), **(headers or {})}
-        head = self._head(status, {**headers, **({"Content-Length": str(len(body))} if status != 204 else {})})
+        about = {} if status in (204, 304) else {"Content-Type": content_type, "Content-Length": str(len(body))}
+        head = self._head(status, {**about, **(headers or {})})
         data = head if self.http and self.http.method == "HEAD" else head + body
         self.answer_begun = True
         self._send(data)
@@ -7029,6 +7039,35 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         log.exception("connection of %s failed", client_address[0])
 
 
+class Page:
+    """web/index.html: a browser runs what stands in the file and reaches this server, nothing else."""
+
+    POLICY = ("default-src 'none'; script-src {script}; style-src {style}; connect-src 'self'; img-src data:; "
+              "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
+
+    def __init__(self, path: Path):
+        self._path, self._read = path, (None, b"", {})  # when the file changed, its bytes and headers as read then
+
+    def load(self) -> tuple[bytes, dict[str, str]]:
+        """The page and its headers; read again when the file has changed."""
+        changed = self._path.stat().st_mtime_ns
+        if self._read[0] != changed:
+            body = self._path.read_bytes()
+            self._read = (changed, body, self._headers(body))
+        return self._read[1:]
+
+    def _headers(self, body: bytes) -> dict[str, str]:
+        allowed = {name: " ".join(map(self._hash, re.findall(rb"<%s>(.*?)</%s>" % (tag, tag), body, re.DOTALL)))
+                   for name, tag in (("script", b"script"), ("style", b"style"))}
+        return {"Content-Security-Policy": self.POLICY.format(**allowed), "X-Content-Type-Options": "nosniff",
+                "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache",
+                "ETag": f'"{hashlib.sha256(body).hexdigest()[:32]}"'}
+
+    @staticmethod
+    def _hash(text: bytes) -> str:
+        return f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"
+
+
 class Job:
     """One request that generates: who is answered, with what, since when and for how long."""
 
@@ -7087,6 +7126,7 @@ class Server:
         self.errors: Counter[str] = Counter()  # answers by code
         self._jobs: set[Job] = set()
         self._recent: deque[tuple[Client, dict]] = deque(maxlen=64)  # jobs that ended, oldest first
+        self._index = Page((find_data("web") or HERE) / "index.html")
         self._http = HTTPServer(self, config.host, config.port, config.max_connections, self._tls_context())
         self._watcher = Watcher()
         self.host, self.port = config.host, self._http.server_port
@@ -7259,13 +7299,15 @@ class Server:
         handler.respond(200, body, "text/plain; version=0.0.4; charset=utf-8")
 
     def _page(self, handler: RequestHandler) -> None:
-        folder = find_data("web")
-        page = folder / "index.html" if folder else None
-        if page is not None and page.is_file():
-            handler.respond(200, page.read_bytes(), "text/html; charset=utf-8")
-        else:
+        try:
+            body, headers = self._index.load()
+        except OSError:
             text = b"rustinfer serves its API under /v1; the page (web/index.html) is not installed here.\n"
-            handler.respond(200, text, "text/plain; charset=utf-8")
+            return handler.respond(200, text, "text/plain; charset=utf-8")
+        known = re.findall(r'"[^"]*"', handler.http.headers.get("if-none-match", ""))
+        if headers["ETag"] in known:
+            return handler.respond(304, b"", headers=headers)
+        handler.respond(200, body, "text/html; charset=utf-8", headers)
 
     @staticmethod
     def _shutting_down() -> UnavailableError:
@@ -7486,11 +7528,11 @@ class Server:
               "/tokenize": TOKENIZE_FIELDS, "/detokenize": DETOKENIZE_FIELDS, "/apply-template": TEMPLATE_FIELDS}
 
     def _capabilities(self, handler: RequestHandler) -> None:
-        """The model and its limits, and the fields of each route as they are checked."""
+        """The model, its limits and defaults, and the fields of each route as they are checked."""
         llm = self._ready_llm()
         routes = {path: describe_fields(fields) for path, fields in self.FIELDS.items()}
         handler.respond_json({"model": llm.name, "max_model_len": llm.max_model_len, "version": __version__,
-                              "routes": routes})
+                              "defaults": llm.describe_defaults(), "routes": routes})
 
     def _openapi(self, handler: RequestHandler) -> None:
         plain = ("/health", "/ready", "/version", "/v1/models", "/v1/metrics", "/metrics", "/v1/queue",

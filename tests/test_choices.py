@@ -1,6 +1,7 @@
 """Several answers of one request, log-probabilities, penalties, the completions route and the utilities, over HTTP."""
 import json
 import math
+import shutil
 
 import openai
 import pytest
@@ -254,6 +255,16 @@ class TestUtilities:
         assert chat["functions"] == {"supported": False}
         assert completions["prompt"] == {"type": "any", "supported": True}
         assert set(chat) == set(rustinfer.CHAT_FIELDS) and set(completions) == set(rustinfer.COMPLETION_FIELDS)
+
+    def test_capabilities_tell_what_a_request_gets_that_names_nothing(self, demo_server, tmp_path):
+        shutil.copytree(REFERENCES / "llama3-tied", tmp_path / "model")
+        (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 40}')
+        neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
+                   "frequency_penalty": 0.0, "repetition_penalty": 1.0, "max_tokens": 1024}
+        assert demo_server.get("/v1/capabilities")[2]["defaults"] == neutral  # the demo model says do_sample: false
+        with rustinfer.LLM(tmp_path / "model", device="cpu", max_tokens=9) as llm:
+            recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_tokens": 9}
+            assert llm.describe_defaults() == {**neutral, **recommended}
 
     def test_version(self, tiny_server):
         assert tiny_server.get("/version")[::2] == (200, {"version": rustinfer.__version__})
