@@ -14,7 +14,7 @@ import pytest
 from harness import DEMO, ROOT, RawConnection, give_up, local_server, need_tool, slowed, wait_for
 
 import rustinfer
-from rustinfer import ChatReply, Page, Reply
+from rustinfer import ChatReply, ChunkReply, Page
 
 FILE = ROOT / "web" / "index.html"
 WATCH = """
@@ -103,7 +103,7 @@ def speak(monkeypatch, demo_llm):
         def text_event(self, index, text, tokens=()):
             new = () if id(self) in told else pieces
             told.add(id(self))
-            return b"".join(Reply.text_event(self, index, piece) for piece in new)
+            return b"".join(ChunkReply.text_event(self, index, piece) for piece in new)
 
         monkeypatch.setattr(ChatReply, "text_event", text_event)
 
