@@ -322,7 +322,8 @@ def test_logprobs_are_those_of_the_raw_logits(kernel):
     params = [SamplingParams(temperature=row % 3, top_k=row % 2 * 9, logprobs=row % 21) for row in range(30)]
     found = kernel.sample(adjusted, params, range(30), [0] * 30, [0] * 30, raw)
     drawn = twin().sample(adjusted, params, range(30), [0] * 30, [0] * 30)
-    logprobs = twin()._logprobs(raw, np.array([row.token_id for row in drawn]), params)
+    logprobs = twin()._logprobs(raw, np.array([row.token_id for row in drawn]),
+                                [p.logprobs for p in params])
     assert_agree(found, [Sampled(row.token_id, *logprobs[i], True) for i, row in enumerate(drawn)], raw)
     assert any(row.top and row.token_id != row.top[0][0] for row, p in zip(found, params) if p.temperature == 0)
 

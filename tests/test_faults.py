@@ -375,6 +375,12 @@ class TestSignals:
 class TestNobodyReads:
     """A client that does not read holds no blocks; once it reads it gets all of its answer."""
 
+    @pytest.fixture(autouse=True)
+    def steady(self, llm):
+        """The answer takes longer than it takes to notice that nobody reads it."""
+        with slowed(llm, 0.002):
+            yield
+
     def test_its_sequence_is_put_aside_and_goes_on_later(self, llm, server):
         body = chat_body(**MUCH)
         with RawConnection(server.port) as raw:

@@ -177,7 +177,10 @@ class Maker:
         path, fields = rng.choice(list(rustinfer.Server.FIELDS.items()))
         base = {CHAT: {**GOOD, "max_tokens": 1}, COMPLETIONS: {"prompt": "Hello", "max_tokens": 1},
                 "/tokenize": {"prompt": "a"}, "/detokenize": {"tokens": [5]},
-                "/apply-template": {"messages": GOOD["messages"]}}
+                "/apply-template": {"messages": GOOD["messages"]},
+                "/v1/responses": {"input": "Hello", "max_output_tokens": 1},
+                "/v1/messages": {"messages": GOOD["messages"], "max_tokens": 1},
+                "/v1/messages/count_tokens": {"messages": GOOD["messages"]}}
         body = dict(base[path])
         for _ in range(rng.choice((1, 1, 2, 3))):
             close = [name for name in fields if name in STRUCTURED]
@@ -363,17 +366,20 @@ class Worker:
         self.note(kind, status, started)
         return headers.get("connection") == "close"
 
+    LAST = b"event: response.completed", b"event: response.incomplete", b"event: message_stop"
+
     def check(self, status, headers, body):
         """Of any answer; errors have the documented shape."""
         if status not in STATUSES:
             if not (status == 429 or status == 503 and body["error"]["code"] == "too_many_connections"):
                 raise Broken(f"status {status}: {body}")
         if headers.get("content-type", "").startswith("text/event-stream") and body:
-            events = parse_events(body)
-            if events[-1] != "[DONE]":
-                raise Broken(f"a stream ended with {events[-1]}")
-        elif status >= 400:
-            check_error(body["error"]) if "status" not in body else None
+            named = body.startswith(b"event: ")  # the other dialects
+            last = body.rstrip().split(b"\n\n")[-1] if named else parse_events(body)[-1]
+            if last != "[DONE]" if not named else not last.startswith(self.LAST):
+                raise Broken(f"a stream ended with {last}")
+        elif status >= 400 and "status" not in body and body.get("type") != "error":
+            check_error(body["error"])
 
     def provoke(self):
         """Bytes that need not be HTTP, and a FIN: the server ends the connection by itself, soon."""
