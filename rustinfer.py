@@ -7737,6 +7737,11 @@ class Shutdown:
     def ask(self) -> None:
         self.asked = True
 
+    def over(self) -> None:
+        """Nothing is left to end. Python would let a signal kill it while it ends itself, and fail a clean exit."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
     def wait(self) -> None:
         """Until asked. It polls: a signal that another thread receives would not wake this one, the main one."""
         while not self.asked:
@@ -7805,6 +7810,7 @@ def serve(settings: dict[str, Any]) -> int:
         server.stop(0 if failed or llm is None else settings["drain_timeout"])
     if llm is not None:
         llm.close()
+    shutdown.over()
     log.info("stopped")
     return 1 if failed else 0
 

@@ -95,6 +95,15 @@ def test_an_idle_server_ends_at_once_with_0(number):
             assert time.monotonic() - started < 2
 
 
+def test_a_signal_that_comes_when_everything_is_stopped_changes_nothing():
+    with ServerProcess("--device", "cpu", model=REFERENCES / "llama3-tied") as server:
+        server.process.terminate()
+        wait_for(lambda: "stopped" in server.read_log())
+        while server.process.poll() is None:  # Python's own end takes some milliseconds
+            server.process.terminate()
+        assert server.process.wait() == 0
+
+
 def test_a_signal_while_the_model_loads_ends_with_0(tmp_path):
     script = tmp_path / "slow_load.py"
     script.write_text(f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport rustinfer\n"
