@@ -828,6 +828,12 @@ class TemplateSandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+def shown_tools(tools: Iterable[dict]) -> list[dict]:
+    """Tools as the model is told of them: whether calls are watched over is none of its business."""
+    return [{**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+            for tool in tools]
+
+
 class ChatTemplate:
     """The model's Jinja template in the immutable sandbox, as transformers runs it."""
 
@@ -944,7 +950,8 @@ class ChatTemplate:
             raise APIError("this model has no chat template, and no built-in one fits its vocabulary", "messages")
         names = {name: self._tokenizer.special_text(name)
                  for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        names |= {"tools": tools or None, "documents": None}  # as transformers: templates ask `is not none`
+        # as transformers: templates ask `is not none`
+        names |= {"tools": shown_tools(tools) or None, "documents": None}
         names |= variables or {}
         deadline = time.monotonic() + MAX_RENDER_SECONDS
         names["check_time"] = lambda: self._check_time(deadline)
@@ -4677,12 +4684,6 @@ def parse_tools(tools: list) -> list[dict]:
     return tools
 
 
-def shown_tools(tools: list[dict]) -> list[dict]:
-    """Tools as the model is told of them: whether calls are watched over is none of its business."""
-    return [{**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
-            for tool in tools]
-
-
 def parse_conversation(given: dict) -> dict[str, Any]:
     """What the chat template takes: messages, tools, and how to render them, as arguments of `ChatTemplate.encode`."""
     if "messages" not in given:
@@ -4694,8 +4695,7 @@ def parse_conversation(given: dict) -> dict[str, Any]:
     if goes_on and (messages[-1]["role"] != "assistant" or "tool_calls" in messages[-1]):
         raise APIError("continue_final_message needs a last message of role assistant, without tool_calls",
                        "continue_final_message")
-    return {"messages": messages, "tools": shown_tools(parse_tools(given.get("tools", []))),
-            "continue_final_message": goes_on,
+    return {"messages": messages, "tools": parse_tools(given.get("tools", [])), "continue_final_message": goes_on,
             "add_generation_prompt": given.get("add_generation_prompt", not goes_on),
             "variables": check_fields(given.get("chat_template_kwargs", {}), VARIABLE_FIELDS, "chat_template_kwargs.")}
 
@@ -5019,12 +5019,12 @@ def parse_chat(values: dict, defaults: SamplingParams) -> GenerationRequest:
         raise APIError("top_logprobs is allowed only with logprobs: true", "top_logprobs")
     logprobs = given.get("top_logprobs", 0) if given.get("logprobs") else None
     conversation = parse_conversation(given)
-    tools, forced = offered_tools(parse_tools(given.get("tools", [])), given)
+    tools, forced = offered_tools(conversation["tools"], given)
     structure = parse_structure(given, tools, forced)
     calls = CallRules(frozenset(tool["function"]["name"] for tool in tools), given.get("parallel_tool_calls", True),
                       structure is not None and structure.kind == "calls")
     return parse_generation(given, defaults, limits.pop() if limits else None, logprobs, structure=structure,
-                            conversation={**conversation, "tools": shown_tools(tools)}, calls=calls)
+                            conversation={**conversation, "tools": tools}, calls=calls)
 
 
 def parse_prompts(value: Any) -> list[str | list[int]]:

@@ -320,6 +320,12 @@ class RawConnection:
             return True
 
 
+def ask(server, method: str, path: str, body=None, **headers: str):
+    """(status, headers, body) of one request to a server in this process, on a connection of its own."""
+    with RawConnection(server.port) as raw:
+        return raw.request(method, path, body, headers)
+
+
 def check_error(error: dict) -> None:
     """The shape that OpenAI's clients parse."""
     assert set(error) == {"message", "type", "param", "code"}, error

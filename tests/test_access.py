@@ -6,7 +6,7 @@ import threading
 
 import openai
 import pytest
-from harness import RawConnection, ServerProcess, client_of, local_server, slowed, wait_for
+from harness import RawConnection, ask, ServerProcess, client_of, local_server, slowed, wait_for
 
 import rustinfer
 from rustinfer import Allowance, Client, Limits, RateLimitError, Server, ServerConfig, SettingsError, Tenant
@@ -28,11 +28,6 @@ def key_file(tmp_path, *entries):
     path = tmp_path / "keys.json"
     path.write_text(json.dumps([{"name": name, "key": key, **limits} for name, key, limits in entries]))
     return str(path)
-
-
-def ask(server, method, path, body=None, **headers):
-    with RawConnection(server.port) as raw:
-        return raw.request(method, path, body, headers)
 
 
 def bearer(key):

@@ -1,4 +1,5 @@
 """CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
+import contextlib
 import json
 import re
 import shutil
@@ -198,15 +199,22 @@ def masked_answers(llm):
     return [answer_of(handle) for handle in [submit(llm, *request) for request in masked_requests()]]
 
 
-@pytest.fixture(scope="module")
-def masked_alone(folder):
-    """Each request with the engine to itself, kernel by kernel: its answer and how it ended."""
+@contextlib.contextmanager
+def one_at_a_time(folder):
+    """A model whose requests each have the engine to themselves, kernel by kernel."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "cupy", cupy_cpu)
         with rustinfer.LLM(folder, device="cuda:0", max_num_seqs=1, max_model_len=256, enforce_eager=True,
                            no_prefix_caching=True) as llm:
-            handles = [submit(llm, *request) for request in masked_requests()]
-            return [(answer_of(handle), text_of(llm, handle), handle.finish_reason) for handle in handles]
+            yield llm
+
+
+@pytest.fixture(scope="module")
+def masked_alone(folder):
+    """Of each request its answer and how it ended."""
+    with one_at_a_time(folder) as llm:
+        handles = [submit(llm, *request) for request in masked_requests()]
+        return [(answer_of(handle), text_of(llm, handle), handle.finish_reason) for handle in handles]
 
 
 def text_of(llm, handle):
@@ -380,12 +388,9 @@ def scored_answers(llm):
 
 @pytest.fixture(scope="module")
 def scored_alone(folder):
-    """Each request with the engine to itself, kernel by kernel, one row of logits at a time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "cupy", cupy_cpu)
-        with rustinfer.LLM(folder, device="cuda:0", max_num_seqs=1, max_model_len=256, enforce_eager=True,
-                           no_prefix_caching=True) as llm:
-            return [scored_answer(llm.engine.submit(*request)) for request in scored_requests()]
+    """Each request, one row of logits at a time."""
+    with one_at_a_time(folder) as llm:
+        return [scored_answer(llm.engine.submit(*request)) for request in scored_requests()]
 
 
 def test_prompts_have_the_scores_of_numpy(scored_alone, folder):

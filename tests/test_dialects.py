@@ -8,7 +8,7 @@ import openai
 import pydantic
 import pytest
 from anthropic.types import message_count_tokens_params, message_create_params
-from harness import client_of, local_server, parse_events, slowed, wait_for
+from harness import ask, client_of, local_server, parse_events, slowed, wait_for
 from openai.types.responses import response_create_params
 
 import rustinfer
@@ -360,7 +360,7 @@ def test_keys_and_limits_hold_for_each_dialect(tiny_llm):
                                         ("/v1/messages", {"messages": [HELLO], "max_tokens": 200})])
 def test_a_stream_that_fails_ends_with_the_dialects_own_error_event(tiny_llm, path, body):
     with slowed(tiny_llm, 0.02), local_server(tiny_llm, request_timeout=0.4) as server:
-        status, _, body = server_request(server, path, {**body, "stream": True})
+        status, _, body = ask(server, "POST", path, {**body, "stream": True})
         name, data = body.decode().strip().split("\n\n")[-1].split("\n")
         value = json.loads(data.removeprefix("data: "))
         assert status == 200 and name == "event: error" and value["type"] == "error"
@@ -369,13 +369,6 @@ def test_a_stream_that_fails_ends_with_the_dialects_own_error_event(tiny_llm, pa
         else:
             assert value["code"] == "request_timeout" and value["sequence_number"] > 2
         wait_for(lambda: not tiny_llm.engine.scheduler.has_work)
-
-
-def server_request(server, path, body):
-    from harness import RawConnection
-
-    with RawConnection(server.port) as raw:
-        return raw.request("POST", path, body)
 
 
 def test_events_of_the_chat_route_are_unchanged(demo_server):

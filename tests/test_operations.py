@@ -9,18 +9,14 @@ import openai
 import prometheus_client.parser
 import pytest
 import trustme
-from harness import RawConnection, ServerProcess, chat_body, client_of, local_server, parse_events, slowed, wait_for
+from harness import (
+    RawConnection, ask, ServerProcess, chat_body, client_of, local_server, parse_events, slowed, wait_for)
 
 import rustinfer
 from rustinfer import SettingsError
 
 CHAT = "/v1/chat/completions"
 LONG = dict(max_tokens=300, ignore_eos=True)
-
-
-def ask(server, method, path, body=None, **headers):
-    with RawConnection(server.port) as raw:
-        return raw.request(method, path, body, headers)
 
 
 def samples(server):

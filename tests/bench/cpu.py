@@ -316,6 +316,17 @@ def table(shape, result):
     return "\n".join(lines)
 
 
+def draw_bars(axes, names, values, colours, title, first):
+    """A contender a bar, with its number; the first of a row names them."""
+    axes.bar_label(axes.barh(names, values, color=colours), labels=[f" {rate(value)}" for value in values])
+    axes.set_title(title, fontsize=9)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()
+    axes.margins(x=0.3)
+    if not first:
+        axes.set_yticklabels([])
+
+
 def plot(results, path):
     import matplotlib
     from matplotlib.figure import Figure
@@ -328,13 +339,7 @@ def plot(results, path):
             values = [result["contenders"][name][key] for name in names]
             colours = ["tab:blue" if name in OURS else "tab:grey" for name in names]
             shown = [f"rustinfer, {name}" if name in OURS else name for name in names]
-            axes.bar_label(axes.barh(shown, values, color=colours), labels=[f" {rate(value)}" for value in values])
-            axes.set_title(f"{shape}: {title}", fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.invert_yaxis()
-            axes.margins(x=0.3)
-            if axes is not row[0]:
-                axes.set_yticklabels([])
+            draw_bars(axes, shown, values, colours, f"{shape}: {title}", axes is row[0])
     figure.supxlabel("tokens per second")
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 

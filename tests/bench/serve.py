@@ -30,7 +30,7 @@ from pathlib import Path
 import psutil
 
 import load
-from cpu import SHAPES, processor, rate, write_gguf
+from cpu import SHAPES, draw_bars, processor, rate, write_gguf
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 THREADS = 2
@@ -317,14 +317,8 @@ def plot_bars(figure, loads):
     for row, (title, pick) in zip(figure.subplots(2, len(loads), squeeze=False), panels.items()):
         for axes, (name, servers) in zip(row, loads.items()):
             values = [pick(one) for one in servers.values()]
-            bars = axes.barh([*servers], values, color=[colour(number) for number in range(len(servers))])
-            axes.bar_label(bars, labels=[f" {rate(value)}" for value in values])
-            axes.set_title(f"{name}: {title}", fontsize=9)
-            axes.spines[["top", "right"]].set_visible(False)
-            axes.invert_yaxis()
-            axes.margins(x=0.3)
-            if axes is not row[0]:
-                axes.set_yticklabels([])
+            colours = [colour(number) for number in range(len(servers))]
+            draw_bars(axes, [*servers], values, colours, f"{name}: {title}", axes is row[0])
 
 
 def plot_rates(figure, rates):
