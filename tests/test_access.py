@@ -123,7 +123,8 @@ class TestKeyFile:
 
 class TestKeys:
     @pytest.fixture(scope="class")
-    def server(self, tiny_llm, tmp_path_factory):
+    @classmethod
+    def server(cls, tiny_llm, tmp_path_factory):
         path = key_file(tmp_path_factory.mktemp("keys"), ("bob", BOB, {}))
         with local_server(tiny_llm, api_key=(ALICE,), api_key_file=path) as server:
             yield server

@@ -194,7 +194,8 @@ class TestLog:
 
 class TestTLS:
     @pytest.fixture(scope="class")
-    def files(self, tmp_path_factory):
+    @classmethod
+    def files(cls, tmp_path_factory):
         folder, authority = tmp_path_factory.mktemp("tls"), trustme.CA()
         issued = authority.issue_cert("localhost", "127.0.0.1")
         issued.cert_chain_pems[0].write_to_path(folder / "cert.pem")

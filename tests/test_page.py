@@ -930,7 +930,8 @@ def f(x):
 
 class TestMarkdown:
     @pytest.fixture(scope="class")
-    def page(self, browser, demo_server):
+    @classmethod
+    def page(cls, browser, demo_server):
         with browser.new_context() as context:
             page = context.new_page()
             page.goto(demo_server.url)
