@@ -7782,7 +7782,6 @@ def listen(settings: dict[str, Any]) -> Server:
 
 def serve(settings: dict[str, Any]) -> int:
     """Bind, load, serve until a signal or the engine's death; the exit code."""
-    share_arena()
     shutdown = Shutdown()
     config = {item.name: settings[item.name] for item in dataclasses.fields(EngineConfig)}
     raise_file_limit(settings["max_connections"] + 256)
@@ -7817,6 +7816,7 @@ def serve(settings: dict[str, Any]) -> int:
 
 def main(argv: Seq[str] | None = None) -> int:
     """Run the server; 0 after a clean shutdown, 1 if it could not serve, 2 for a wrong flag."""
+    share_arena()  # before the first thread takes a heap
     handler = None
     try:
         settings = read_settings(argv, os.environ)
