@@ -434,9 +434,9 @@ class SamplingParams:
     """How one request draws its tokens; names and meaning as in vLLM.
 
     temperature 0 is greedy; top_k 0 or -1 and top_p 1 switch the filters off; seed None draws a random one;
-    max_tokens None takes the server's default; logprobs k returns the chosen token's and the k likeliest
-    tokens' log-probabilities (natural log, of the unfiltered distribution at temperature 1), prompt_logprobs k the same
-    of the prompt's tokens; before min_tokens no token comes that would end the answer.
+    max_tokens None takes default_max_tokens (None: the server's), or what room there is; logprobs k returns the chosen
+    token's and the k likeliest tokens' log-probabilities (natural log, of the unfiltered distribution at temperature
+    1), prompt_logprobs k the same of the prompt's tokens; before min_tokens no token comes that would end the answer.
 
     These change the logits, in this order, before anything is chosen: repetition_penalty divides the positive and
     multiplies the negative ones of tokens in the prompt or the output; frequency_penalty times a token's count in the
@@ -454,6 +454,7 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int | None = None
+    default_max_tokens: int | None = None
     min_tokens: int = 0
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
@@ -471,12 +472,13 @@ class SamplingParams:
         for name, low, high in (("temperature", 0, 2), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", -1, 1 << 31),
                                 ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
                                 ("repetition_penalty", 0, 10), ("seed", -(1 << 63), (1 << 64) - 1),
-                                ("max_tokens", 1, 1 << 31), ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20),
-                                ("prompt_logprobs", 0, 20)):
-            value, optional = getattr(self, name), ("seed", "max_tokens", "logprobs", "prompt_logprobs")
-            if value is None and name in optional:
+                                ("max_tokens", 1, 1 << 31), ("default_max_tokens", 1, 1 << 31),
+                                ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20), ("prompt_logprobs", 0, 20)):
+            value, optional = getattr(self, name), name in (
+                "seed", "max_tokens", "default_max_tokens", "logprobs", "prompt_logprobs")
+            if value is None and optional:
                 continue
-            kind = (int,) if name in (*optional, "top_k", "min_tokens") else (int, float)
+            kind = (int,) if optional or name in ("top_k", "min_tokens") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
                 raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
             if not low <= value <= high:  # also refuses NaN
@@ -4127,7 +4129,7 @@ class Engine:
                 "shorten the prompt, lower max_tokens or start with a larger --max-model-len (context_length_exceeded)",
                 param)
         return params if wanted is not None else dataclasses.replace(
-            params, max_tokens=min(self.config.max_tokens, limit - length))
+            params, max_tokens=min(params.default_max_tokens or self.config.max_tokens, limit - length))
 
     def abort(self, handle: Handle, reason: str = "abort") -> None:
         """Ask for the end of a request: at once while it waits, before the next step while it runs."""
@@ -5043,9 +5045,9 @@ def parse_completion(values: dict, defaults: SamplingParams) -> GenerationReques
     given = check_fields(values, COMPLETION_FIELDS)
     if "prompt" not in given:
         raise APIError("prompt is missing; a string or token ids are expected", "prompt")
-    if given.get("echo"):
-        defaults = dataclasses.replace(defaults, prompt_logprobs=given.get("logprobs"))
-    return parse_generation(given, defaults, given.get("max_tokens", 16), given.get("logprobs"),
+    scored = given.get("logprobs") if given.get("echo") else None
+    defaults = dataclasses.replace(defaults, default_max_tokens=16, prompt_logprobs=scored)
+    return parse_generation(given, defaults, given.get("max_tokens"), given.get("logprobs"),
                             prompts=parse_prompts(given["prompt"]), echo=given.get("echo", False),
                             structure=parse_structure(given))
 
@@ -7406,7 +7408,7 @@ class Server:
         label = request.structure.label if request.structure else ""
         handler.facts |= {"format": shorten(label)} if label else {}
         constraint = llm.grammars.compile(request.structure) if request.structure else None
-        most = request.params.max_tokens or llm.config.max_tokens
+        most = request.params.max_tokens or request.params.default_max_tokens or llm.config.max_tokens
         client, used = handler.client, 0
         with client.running():
             taken = client.take("tokens", sum(map(len, prompts)) + len(prompts) * request.n * most)

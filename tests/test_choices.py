@@ -192,6 +192,14 @@ class TestCompletions:
             assert scored.text_offset[:2] == [0, 0] and scored.text_offset == sorted(scored.text_offset)
             assert choice.text[scored.text_offset[9] :].startswith(scored.tokens[9])
 
+    @pytest.mark.parametrize("length, num_tokens", [(2031, 16), (2040, 8), (2047, 1)])
+    def test_an_answer_of_no_given_length_takes_what_room_is_left(self, tiny_server, length, num_tokens):
+        fields = {"prompt": [[5] * length, [6, 7]], "ignore_eos": True}
+        status, body = post(tiny_server, "/v1/completions", fields)
+        assert status == 200 and body["usage"]["completion_tokens"] == num_tokens + 16
+        status, body = post(tiny_server, "/v1/completions", {**fields, "max_tokens": 2048 - length + 1})
+        assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
     def test_prompts_are_scored_alike_in_pieces_among_others_and_after_preemption(self, tiny_llm):
         prompt = tiny_llm.tokenizer.encode_prompt("The river runs down to the sea. " * 3)
         scores = lambda llm, **options: [
