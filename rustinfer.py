@@ -4934,12 +4934,17 @@ def move_references(value: Any, place: str) -> Any:
     return [move_references(item, place) for item in value] if isinstance(value, list) else value
 
 
+def arguments_schema(tool: dict, place: str = "#") -> dict:
+    """The JSON schema, to stand at `place`, of a tool's arguments: an object, even if its parameters do not say so."""
+    parameters = move_references(tool["function"].get("parameters") or {}, f"{place}/allOf/1")
+    return {"allOf": [{"type": "object"}, parameters]}
+
+
 def call_schema(tools: Seq[dict], answers: Seq[dict] = ()) -> dict:
     """The JSON schema of a call of one of the tools, or of another answer."""
     schemas = [move_references(schema, f"#/anyOf/{index}") for index, schema in enumerate(answers)]
     for index, tool in enumerate(tools, len(schemas)):
-        place = f"#/anyOf/{index}/properties/parameters"
-        parameters = move_references(tool["function"].get("parameters") or {"type": "object"}, place)
+        parameters = arguments_schema(tool, f"#/anyOf/{index}/properties/parameters")
         schemas.append({"type": "object", "required": ["name", "parameters"], "additionalProperties": False,
                         "properties": {"name": {"const": tool["function"]["name"]}, "parameters": parameters}})
     return {"anyOf": schemas}
@@ -4947,8 +4952,8 @@ def call_schema(tools: Seq[dict], answers: Seq[dict] = ()) -> dict:
 
 def call_beginnings(tools: Seq[dict]) -> list[tuple[str, dict]]:
     """How a strict stream's calls begin, and the schema of what follows: the parameters of strict tools are kept."""
-    schemas = {tool["function"]["name"]: tool["function"].get("strict") and tool["function"].get("parameters")
-               or {"type": "object"} for tool in tools}
+    schemas = {tool["function"]["name"]: arguments_schema(tool) if tool["function"].get("strict")
+               else {"type": "object"} for tool in tools}
     return [(f'{{"name": "{name}", "{key}": ', schema)
             for name, schema in schemas.items() for key in ("parameters", "arguments")]
 

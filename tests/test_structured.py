@@ -141,7 +141,27 @@ def test_forced_calls_are_calls(client, llm, choice, stream):
     assert seen <= {"add", "get_weather"} if choice == "required" else seen == {"get_weather"}
 
 
+DIGIT = {"properties": {"a": {"$ref": "#/$defs/digit"}}, "required": ["a"], "additionalProperties": False,
+         "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}}}
+
+
+@pytest.mark.parametrize("parameters", [DIGIT, {"type": ["null", "object"], **DIGIT}, {
+    "anyOf": [{"type": "string"}, {"$ref": "#/$defs/x"}], "$defs": {**DIGIT["$defs"], "x": DIGIT}}])
+def test_arguments_are_an_object_also_where_the_parameters_leave_it_open(client, llm, parameters):
+    function = {"name": "add", "parameters": parameters}
+    options = dict(model=llm.name, tools=[{"type": "function", "function": function}], n=8, seed=1, **HOT)
+    for choice in client.chat.completions.create(tool_choice="required", **options).choices:
+        call, = choice.message.tool_calls
+        jsonschema.validate(json.loads(call.function.arguments), {**parameters, "type": "object"})
+    strict = rustinfer.parse_structure({}, [{"type": "function", "function": {**function, "strict": True}}])
+    for arguments, allowed in (('{"a": 7}', True), ("true", False), ('"x"', False), ("null", False)):
+        text = f'{{"name": "add", "parameters": {arguments}}}'
+        assert accepts(llm.grammars.compile(strict), llm.tokenizer, text) is allowed
+
+
 @pytest.mark.parametrize("fields, param", [
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
+      "tool_choice": "required"}, "tool_choice"),
     ({"response_format": {"type": "xml"}}, "response_format.type"), ({"response_format": {}}, "response_format.type"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
     ({"response_format": {"type": "json_object", "x": 1}}, "response_format.x"),
