@@ -4736,6 +4736,11 @@ class ToolCall(NamedTuple):
     arguments: str  # JSON
 
 
+def held_float(text: str) -> float:
+    """A JSON number; one that no float can hold is the largest: neither JSON nor its readers have infinity."""
+    return max(-sys.float_info.max, min(sys.float_info.max, float(text)))
+
+
 def call_of(value: Any, names: Iterable[str]) -> ToolCall:
     """{"name": ..., "parameters" or "arguments": {...}}, optionally with "type": "function"; ValueError otherwise."""
     if not isinstance(value, dict) or set(value) - {"name", "parameters", "arguments", "type", "id"}:
@@ -4743,10 +4748,12 @@ def call_of(value: Any, names: Iterable[str]) -> ToolCall:
     if value.get("name") not in names or value.get("type", "function") != "function":
         raise ValueError
     arguments = value.get("parameters", value.get("arguments", {}))
-    arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+    arguments = json.loads(arguments, parse_float=held_float) if isinstance(arguments, str) else arguments
     if not isinstance(arguments, dict):
         raise ValueError
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()  # half of a surrogate pair is a ValueError: clients could neither read it nor send it back
+    return ToolCall(value["name"], text)
 
 
 def python_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
@@ -4763,7 +4770,7 @@ def python_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
 
 def json_calls(text: str, names: Iterable[str]) -> list[ToolCall]:
     """Objects one after the other, with ; or commas between them, or a list of them; ValueError otherwise."""
-    decoder, values, at = json.JSONDecoder(), [], 0
+    decoder, values, at = json.JSONDecoder(parse_float=held_float), [], 0
     while at < len(text):
         value, at = decoder.raw_decode(text, at)
         values += value if isinstance(value, list) else [value]

@@ -1,5 +1,6 @@
 """Tools: what the model is told, what counts as a call, and that streaming changes nothing."""
 import json
+import sys
 
 import pytest
 from harness import client_of
@@ -18,6 +19,8 @@ CALLS = [
     ('{"type": "function", "name": "g", "parameters": {}}', [("g", {})]),
     ('{"name": "g"}', [("g", {})]),
     ('{"name": "g", "arguments": "{\\"q\\": \\"é\\"}"}', [("g", {"q": "é"})]),
+    ('{"name": "g", "arguments": "{\\"q\\": 1e400}"}', [("g", {"q": sys.float_info.max})]),
+    ('{"name": "add", "parameters": {"a": -2E+3333, "b": 1.0}}', [("add", {"a": -sys.float_info.max, "b": 1.0})]),
     (' \n{"name": "g", "parameters": {}}\n', [("g", {})]),
     ('{"name": "g", "parameters": {}}; {"name": "add", "parameters": {"a": 2}}', [("g", {}), ("add", {"a": 2})]),
     ('[{"name": "g", "parameters": {}}, {"name": "g", "parameters": {"n": 1}}]', [("g", {}), ("g", {"n": 1})]),
@@ -28,6 +31,7 @@ CALLS = [
 TEXTS = ["", "Hello", "{", "[", "[1, 2]", "{}", '{"name": "unknown", "parameters": {}}',
          '{"name": "g", "parameters": [1]}', '{"name": "g", "other": 1}', '{"name": "g"} and so on', "[unknown(a=1)]",
          "[g(1)]", "[g(**x)]", "[g(a=open('x'))]", '{"name": "g", "parameters": {"a": NaN}}',
+         '{"name": "g", "parameters": {"a": "\\ud83d"}}', '[g(a="\\ud83d")]',
          "see [g](http://x) and {y}", '{"name": "g", "parameters": {"a": 1}',
          "[" * 5000, '{"name":' * 3000, "[g(a=" + "(" * 3000]
 
@@ -63,7 +67,7 @@ def test_there_is_an_end_to_what_is_read_as_calls():
     assert read([long]) == (long, [])
 
 
-PARTS = strategies.sampled_from([text for text, _ in CALLS] + TEXTS[:18] + [
+PARTS = strategies.sampled_from([text for text, _ in CALLS] + TEXTS[:20] + [
     "Well, ", " ", "\n", "{ ", "[ ", '"name"', '{"na', 'me": "g"}', "[g", "(", ")]", "}", "]", "a" * 100, " " * 20,
     "é🙂", ";"])
 
