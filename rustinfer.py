@@ -7109,7 +7109,7 @@ class Job:
                 "prompt_tokens": sum(seq.num_prompt_tokens for seq in sequences[:: self.group.n]),
                 "cached_tokens": sum(seq.num_cached_tokens for seq in sequences[:: self.group.n]),
                 "completion_tokens": sum(max(0, seq.num_output_tokens) for seq in sequences),
-                "kv_blocks": sum(len(seq.block_table) for seq in sequences)}
+                "kv_blocks": len({block_id for seq in sequences for block_id in list(seq.block_table)})}
 
 
 def describe_place(position: int, wait: float | None) -> bytes:

@@ -5,7 +5,7 @@ import shutil
 
 import openai
 import pytest
-from harness import REFERENCES, client_of
+from harness import REFERENCES, RawConnection, ask, client_of, local_server, slowed, wait_for
 
 import rustinfer
 
@@ -88,6 +88,17 @@ def test_eight_choices_compute_the_prompt_once():
         assert most <= 25 + 8 * 3
         usage = rustinfer.ChatReply(group, "m").whole()["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (400, 160)
+
+
+def test_blocks_that_choices_share_count_once_in_the_queue():
+    body = {"prompt": [(7 * i) % 300 for i in range(400)], "n": 8, "max_tokens": 200, "ignore_eos": True}
+    with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu") as llm, slowed(llm, 0.01), local_server(llm) as server:
+        with RawConnection(server.port) as raw:
+            raw.send_request("POST", "/v1/completions", body)
+            runs = lambda: ask(server, "GET", "/v1/queue")[2]["requests"]
+            wait_for(lambda: any(entry["completion_tokens"] >= 16 for entry in runs()))
+            entry, = runs()
+        assert 25 <= entry["kv_blocks"] <= 25 + 8 * 3 + entry["completion_tokens"] / 16 < 8 * 25
 
 
 def test_logprobs_are_those_of_the_engine(client, name, tiny_llm):
