@@ -4942,8 +4942,12 @@ def move_references(value: Any, place: str) -> Any:
 
 
 def arguments_schema(tool: dict, place: str = "#") -> dict:
-    """The JSON schema, to stand at `place`, of a tool's arguments: an object, even if its parameters do not say so."""
-    parameters = move_references(tool["function"].get("parameters") or {}, f"{place}/allOf/1")
+    """The JSON schema, to stand at `place`, of a tool's arguments: an object, even if its parameters do not say so.
+
+    A tool that names no parameters takes none, as at OpenAI.
+    """
+    given = tool["function"].get("parameters")
+    parameters = {"additionalProperties": False} if given is None else move_references(given, f"{place}/allOf/1")
     return {"allOf": [{"type": "object"}, parameters]}
 
 

@@ -159,6 +159,15 @@ def test_arguments_are_an_object_also_where_the_parameters_leave_it_open(client,
         assert accepts(llm.grammars.compile(strict), llm.tokenizer, text) is allowed
 
 
+@pytest.mark.parametrize("function", [{"name": "now"}, {"name": "now", "parameters": None}])
+def test_a_forced_call_of_a_tool_that_names_no_parameters_has_no_arguments(llm, function):
+    tools = [{"type": "function", "function": function}]
+    constraint = llm.grammars.compile(rustinfer.parse_structure({}, tools, tools))
+    for arguments, allowed in (("{}", True), ('{"a": 1}', False)):
+        text = f'{{"name": "now", "parameters": {arguments}}}'
+        assert accepts(constraint.copy(), llm.tokenizer, text) is allowed
+
+
 @pytest.mark.parametrize("fields, param", [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "string"}}}],
       "tool_choice": "required"}, "tool_choice"),
