@@ -6278,13 +6278,20 @@ class Group:
         for _, answer in running:  # of a first choice its first token: the others wait for it
             answer.handle.want(at_least if answer.tokens or self.n == 1 else 1)
         with self._changed:
-            self._changed.wait_for(lambda: any(answer.handle.has_news for _, answer in running), timeout)
+            self._changed.wait_for(lambda: any(answer.handle.has_news for _, answer in running),
+                                   timeout if running else 0.01)  # others fill the queue, and tell nothing
         parts = [(place, *part) for place, answer in running for part in answer.advance(timeout=0)]
-        for place, answer in running:
-            if place % self.n == 0 and answer.tokens and None in self.places[place : place + self.n]:
-                for sibling in range(place + 1, place + self.n):
-                    self._start(sibling)
+        self._start_siblings()
         return parts
+
+    def _start_siblings(self) -> None:
+        """The other choices of computed prompts, as far as the queue has room: who was let in once is not sent away."""
+        for place, answer in enumerate(self.places):
+            if answer is None and self.places[place - place % self.n].tokens:
+                try:
+                    self._start(place)
+                except QueueFullError:
+                    return
 
 
 def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:

@@ -90,6 +90,23 @@ def test_eight_choices_compute_the_prompt_once():
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (400, 160)
 
 
+@pytest.mark.parametrize("num_others", [0, 3])
+def test_choices_wait_for_room_in_the_queue(tiny_llm, num_others):
+    params = rustinfer.SamplingParams(temperature=1.0, max_tokens=1 if num_others else 5, seed=3, ignore_eos=True)
+    long = rustinfer.SamplingParams(max_tokens=40, ignore_eos=True)
+
+    def texts(llm):
+        group = rustinfer.Group(llm, [[5, 6], [7]], params, 4)
+        others = [llm.engine.submit([8], long) for _ in range(num_others)]
+        while not group.is_finished:
+            group.advance()
+        assert all(len(list(other)) == 40 for other in others)
+        return [answer.text for answer in group.answers]
+
+    with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu", max_num_seqs=1, max_queue=2 + num_others) as llm:
+        assert texts(llm) == texts(tiny_llm)
+
+
 def test_blocks_that_choices_share_count_once_in_the_queue():
     body = {"prompt": [(7 * i) % 300 for i in range(400)], "n": 8, "max_tokens": 200, "ignore_eos": True}
     with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu") as llm, slowed(llm, 0.01), local_server(llm) as server:
