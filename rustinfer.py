@@ -4528,7 +4528,7 @@ def parse_query(query: str, fields: dict[str, Field]) -> dict:
         if name in values:
             raise APIError(f"{shorten(name)} appears twice in the query string", shorten(name))
         kind = fields[name].kind if name in fields else "string"
-        plain = kind == "string" or (kind == "any" and text[:1] not in '["')
+        plain = kind == "string" or (kind == "any" and text[:1] not in tuple('[{"'))
         values[name] = text if plain else parse_query_value(name, text)
     return values
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import time
+import urllib.parse
 
 import pytest
 import rustinfer
@@ -79,9 +80,13 @@ class TestParseQuery:
     def test_an_empty_query_is_an_empty_object(self):
         assert parse_query("", CHAT_FIELDS) == {}
 
-    def test_stop_may_be_text_or_a_json_list(self):
+    def test_what_may_be_of_several_types_is_text_or_json(self):
         assert parse_query("stop=%5B%22a%22%2C%22b%22%5D", CHAT_FIELDS) == {"stop": ["a", "b"]}
         assert parse_query("stop=5", CHAT_FIELDS) == {"stop": "5"}
+        assert parse_query("stop=", CHAT_FIELDS) == {"stop": ""}
+        named = {"type": "function", "function": {"name": "f"}}
+        query = urllib.parse.urlencode({"tool_choice": json.dumps(named)})
+        assert parse_query(query, CHAT_FIELDS) == {"tool_choice": named}
 
     def test_python_spellings_of_booleans_are_read(self):
         assert parse_query("stream=True&ignore_eos=False", CHAT_FIELDS) == {"stream": True, "ignore_eos": False}
