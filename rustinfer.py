@@ -4443,11 +4443,23 @@ ERROR_SCHEMA = {"type": "object", "required": ["error"], "properties": {"error":
 JSON_BODY = lambda schema: {"content": {"application/json": {"schema": schema}}}
 
 
-def openapi_document(posts: dict[str, dict[str, Field]], gets: Iterable[str]) -> dict:
-    """An OpenAPI 3.1 document of routes that take JSON (their fields by path) and of plain ones."""
+def url_parameters(path: str, fields: dict[str, Field]) -> list[dict]:
+    """What a route without a body takes, as OpenAPI: the names in its path, and in its query text and JSON."""
+    return [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+            for name in re.findall(r"{(\w+)}", path)] + [
+        {"name": name, "in": "query", "required": field.neutral == (),
+         **({"schema": {"type": "string"}} if field.kind == "string" else JSON_BODY(field_schema(field)))}
+        for name, field in fields.items() if field.kind != "unsupported"]
+
+
+def openapi_document(posts: dict[str, dict[str, Field]], others: dict[tuple[str, str], dict[str, Field]]) -> dict:
+    """An OpenAPI 3.1 document of routes that take JSON (their fields by path) and of others, by path and method."""
     responses = {"200": {"description": "the answer"},
                  "default": {"description": "an error", **JSON_BODY(ERROR_SCHEMA)}}
-    paths = {path: {"get": {"responses": responses}} for path in gets}
+    paths: dict[str, dict] = {}
+    for (path, method), fields in others.items():
+        parameters = url_parameters(path, fields)
+        paths.setdefault(path, {})[method] = {"parameters": parameters, "responses": responses}
     for path, fields in posts.items():
         known = {name: field_schema(field) for name, field in fields.items() if field.kind != "unsupported"}
         needed = [name for name, field in fields.items() if field.neutral == () and path != "/tokenize"]
@@ -7560,9 +7572,11 @@ class Server:
                               "defaults": llm.describe_defaults(), "routes": routes})
 
     def _openapi(self, handler: RequestHandler) -> None:
-        plain = ("/health", "/ready", "/version", "/v1/models", "/v1/metrics", "/metrics", "/v1/queue",
-                 "/v1/capabilities")
-        handler.respond_json(openapi_document(self.FIELDS, plain))
+        plain = ("/", "/health", "/ready", "/version", "/v1/models", "/v1/models/{id}", "/v1/metrics", "/metrics",
+                 "/v1/queue", "/v1/capabilities", "/openapi.json")
+        others = {("/v1/chat/completions", "get"): QUERY_FIELDS, ("/v1/queue/{id}", "delete"): {},
+                  **{(path, "get"): {} for path in plain}}
+        handler.respond_json(openapi_document(self.FIELDS, others))
 
     def _version(self, handler: RequestHandler) -> None:
         handler.respond_json({"version": __version__})

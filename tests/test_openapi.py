@@ -1,9 +1,12 @@
 """Our own OpenAPI document, and whatever can be made of it: no 500, every error in the error shape."""
+import inspect
+import re
+
 import schemathesis
 from hypothesis import HealthCheck, given, settings, strategies
 
 import rustinfer
-from harness import check_error, local_server
+from harness import ask, check_error, local_server
 
 LIMITS = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/messages": "max_tokens",
           "/v1/responses": "max_output_tokens"}
@@ -18,6 +21,21 @@ def test_the_document_has_every_field_that_is_supported(tiny_llm):
     assert body["properties"]["temperature"] == {"type": ["number", "null"], "minimum": 0, "maximum": 2}
     body = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert body["required"] == ["prompt"]
+
+
+def test_the_document_has_every_route(tiny_llm):
+    with local_server(tiny_llm) as server:
+        paths = ask(server, "GET", "/openapi.json")[2]["paths"]
+        for path, methods in paths.items():  # what a route does not list is not taken
+            for method in ("GET", "POST", "DELETE", "PUT"):
+                status, _, body = ask(server, method, path.replace("{id}", "x"), *([{}] if method == "POST" else []))
+                assert (status == 405) == (method.lower() not in methods), (path, method)
+        table = inspect.getsource(rustinfer.Server.route)
+        assert {path.split("{")[0] for path in paths} == set(re.findall(r'"(/[^"]*)": {"', table))
+    query = {parameter["name"]: parameter for parameter in paths["/v1/chat/completions"]["get"]["parameters"]}
+    assert query["messages"]["required"] and query["temperature"]["content"]["application/json"]["schema"] == {
+        "type": ["number", "null"], "minimum": 0, "maximum": 2}
+    assert query["user"]["schema"] == {"type": "string"} and "store" not in query
 
 
 def test_anything_that_the_document_allows_is_answered(tiny_llm):
