@@ -4348,6 +4348,7 @@ class Field(NamedTuple):
     low: float | None = None
     high: float | None = None
     neutral: tuple = ABSENT
+    above: bool = False  # low itself is not allowed
 
 
 SHARED_FIELDS = (  # of every route that generates
@@ -4357,12 +4358,12 @@ SHARED_FIELDS = (  # of every route that generates
     Field("n", "integer", 1, MAX_CHOICES),
     Field("max_tokens", "integer", 1, 1 << 31),
     Field("temperature", "number", 0, 2),
-    Field("top_p", "number", 0, 1),
+    Field("top_p", "number", 0, 1, above=True),
     Field("top_k", "integer", -1, 1 << 31),
     Field("min_p", "number", 0, 1),
     Field("frequency_penalty", "number", -2, 2),
     Field("presence_penalty", "number", -2, 2),
-    Field("repetition_penalty", "number", 0, 10),
+    Field("repetition_penalty", "number", 0, 10, above=True),
     Field("logit_bias", "object"),
     Field("seed", "integer", -(1 << 63), (1 << 64) - 1),
     Field("stop", "any"),
@@ -4419,7 +4420,8 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", l
 
 def limits_of(field: Field) -> dict[str, float]:
     """A field's range in JSON schema's words."""
-    names = ("minItems", "maxItems") if field.kind == "array" else ("minimum", "maximum")
+    low = "exclusiveMinimum" if field.above else "minimum"
+    names = ("minItems", "maxItems") if field.kind == "array" else (low, "maximum")
     return {} if field.low is None else dict(zip(names, (field.low, field.high)))
 
 
@@ -5623,7 +5625,7 @@ MESSAGES_FIELDS = {f.name: f for f in (
     Field("stop_sequences", "array", 0, MAX_STOPS),
     Field("stream", "boolean"),
     Field("temperature", "number", 0, 1),
-    Field("top_p", "number", 0, 1),
+    Field("top_p", "number", 0, 1, above=True),
     Field("top_k", "integer", 0, 1 << 31),
     Field("tools", "array", 0, MAX_TOOLS),
     Field("tool_choice", "object"),

@@ -292,6 +292,19 @@ class TestUtilities:
         assert completions["prompt"] == {"type": "any", "supported": True}
         assert set(chat) == set(rustinfer.CHAT_FIELDS) and set(completions) == set(rustinfer.COMPLETION_FIELDS)
 
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/messages"])
+    def test_capabilities_tell_the_least_value_of_a_field(self, tiny_server, path):
+        fields = tiny_server.get("/v1/capabilities")[2]["routes"][path]
+        body = {"prompt": "x"} if path == "/v1/completions" else {"messages": MESSAGES}
+        seen = set()
+        for name, field in fields.items():
+            for limit, expected in (("minimum", 200), ("exclusiveMinimum", 400)):
+                if limit in field:
+                    seen.add(limit)
+                    status, answer = post(tiny_server, path, {"max_tokens": 1, **body, name: field[limit]})
+                    assert status == expected, (name, answer)
+        assert seen == {"minimum", "exclusiveMinimum"}
+
     def test_capabilities_tell_what_a_request_gets_that_names_nothing(self, demo_server, tmp_path):
         shutil.copytree(REFERENCES / "llama3-tied", tmp_path / "model")
         (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 40}')
