@@ -6317,7 +6317,8 @@ def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
 def default_sampling_params(folder: Path) -> SamplingParams:
     """What generation_config.json recommends; `do_sample: false` is temperature 0."""
     spec = read_json(folder / "generation_config.json", {})
-    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p") if spec.get(name) is not None}
+    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+             if spec.get(name) is not None}
     if spec.get("do_sample") is False:
         names = {"temperature": 0.0}
     try:

@@ -307,12 +307,13 @@ class TestUtilities:
 
     def test_capabilities_tell_what_a_request_gets_that_names_nothing(self, demo_server, tmp_path):
         shutil.copytree(REFERENCES / "llama3-tied", tmp_path / "model")
-        (tmp_path / "model" / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 40}')
+        (tmp_path / "model" / "generation_config.json").write_text(
+            '{"temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1}')
         neutral = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0,
                    "frequency_penalty": 0.0, "repetition_penalty": 1.0, "max_tokens": 1024}
         assert demo_server.get("/v1/capabilities")[2]["defaults"] == neutral  # the demo model says do_sample: false
         with rustinfer.LLM(tmp_path / "model", device="cpu", max_tokens=9) as llm:
-            recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "max_tokens": 9}
+            recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "max_tokens": 9}
             assert llm.describe_defaults() == {**neutral, **recommended}
 
     def test_version(self, tiny_server):
