@@ -249,8 +249,8 @@ def one_of(*allowed: Any) -> Callable[[str], Any]:
 
 
 def parse_model(text: str) -> str:
-    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", text := str(text), re.ASCII) and not Path(text).exists()
-    if not hub_id and not Path(text).expanduser().is_dir():
+    hub_id = re.fullmatch(r"[A-Za-z0-9][\w.\-]*/[\w.\-]+", text := str(text), re.ASCII) and not os.path.exists(text)
+    if not hub_id and not os.path.isdir(os.path.expanduser(text)):  # unlike Path's, false for '' and on errors
         raise ValueError("a folder that exists or a Hub id such as meta-llama/Llama-3.2-1B-Instruct")
     return text
 
@@ -288,9 +288,9 @@ def parse_key(text: str) -> str:
 
 
 def parse_file(text: str) -> str:
-    if not Path(text := str(text)).expanduser().is_file():
+    if not os.path.isfile(path := os.path.expanduser(str(text))):
         raise ValueError("a file that exists")
-    return text
+    return path
 
 
 def parse_hosts(text: str) -> str:

@@ -153,11 +153,16 @@ class TestExitCodes:
         assert code == 2 and out == "" and "Traceback" not in err
         assert all(word in one_line(err) for word in words.split())
 
-    @pytest.mark.parametrize("flags", [("--model", "nowhere/at/all"), ("--device", "cuda:7"), ("--port", "-1")])
+    @pytest.mark.parametrize("flags", [("--model", "nowhere/at/all"), ("--model", ""), ("--device", "cuda:7"),
+                                       ("--port", "-1"), ("--kv-cache-memory", "1000TB")])
     def test_a_bad_value_is_the_only_line_and_2(self, flags):
         code, out, err = run(*flags, HF_HUB_OFFLINE="1")
         assert code == 2 and out == "" and len(err.splitlines()) == 1
         assert flags[0] in err and flags[1] in err
+
+    def test_a_model_name_that_is_too_long_for_a_path_is_cut(self):
+        code, _, err = run("--model", "x" * 5000)
+        assert code == 2 and err.startswith("rustinfer: --model: ") and len(err) < 400
 
     def test_a_hub_model_that_cannot_be_had_is_one_line_and_1(self):
         code, out, err = run("--model", "owner/none", "--port", "0", "--device", "cpu", HF_HUB_OFFLINE="1")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from rustinfer import SETTINGS, APIError, EngineConfig, RustinferError, SamplingParams, SettingsError
-from rustinfer import check_setting, number, one_of, parse_bytes, parse_device, parse_switch, whole
+from rustinfer import check_setting, number, one_of, parse_bytes, parse_device, parse_file, parse_switch, whole
 
 BY_NAME = {setting.name: setting for setting in SETTINGS}
 
@@ -43,6 +43,15 @@ def test_numbers_are_finite_and_within_bounds():
     for value in ("nan", "inf", "-0.1", "10.1", "", "x", None, True, [1], {}):
         with pytest.raises(ValueError, match="a number from 0 to 10"):
             number(0, 10)(value)
+
+
+def test_a_file_is_found_at_home_and_one_that_cannot_be_looked_up_is_none(tmp_path, monkeypatch):
+    (tmp_path / "keys").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert parse_file("~/keys") == str(tmp_path / "keys")
+    for path in ("", "~", "~/key", "x" * 5000):
+        with pytest.raises(ValueError, match="a file that exists"):
+            parse_file(path)
 
 
 def test_choices_keep_their_type():
