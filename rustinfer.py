@@ -206,7 +206,10 @@ def parse_bytes(text: str | int) -> int:
         raise ValueError("a number of bytes such as 4GiB or 500MB")
     amount, unit, binary = match.groups()
     base = 1000 if unit and not binary and text.strip()[-1] in "bB" else 1024  # GB is decimal; GiB and G are binary
-    return int(float(amount) * base ** " kmgt".index((unit or " ").lower()))
+    size = int(float(amount) * base ** " kmgt".index((unit or " ").lower()))
+    if size >= 10**15:
+        raise ValueError("less than 1000TB")
+    return size
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -6387,7 +6390,11 @@ class LLM:
         model = Llama(self.model_config, backend, max_model_len, self.config.block_size)
         model.load(checkpoint, functools.partial(progress, "loading"))
         num_blocks = count_kv_blocks(self.config, model, max_model_len)
-        model.allocate_kv_cache(num_blocks)
+        try:
+            model.allocate_kv_cache(num_blocks)
+        except MemoryError:
+            size = num_blocks * model.kv_block_bytes()
+            raise SettingsError(f"--kv-cache-memory: there is no memory for {size} bytes; choose less") from None
         self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids(), self.name)
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.engine.eos_token_ids)
         self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters

@@ -145,6 +145,7 @@ class TestExitCodes:
     @pytest.mark.parametrize("flags, words", [
         (["--max-model-len", "100000"], "--max-model-len 100000 2048"),
         (["--kv-cache-memory", "10"], "--kv-cache-memory 16"),
+        (["--kv-cache-memory", "999TB"], "--kv-cache-memory 999"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["--device", "cuda:7"], "--device cuda:7")])
     def test_a_value_that_only_the_model_or_machine_can_refuse_is_one_line_and_2(self, flags, words):
