@@ -326,7 +326,8 @@ class Setting(NamedTuple):
 SETTINGS = (
     Setting("model", None, parse_model, "model folder or Hugging Face Hub id (default: the demo model)", "DIR|HUB_ID",
             "MODEL_PATH"),
-    Setting("served_model_name", None, parse_text, "model id in the API (default: the last part of --model)", "NAME"),
+    Setting("served_model_name", None, parse_text, "model id in the API (default: the folder's name or the Hub id)",
+            "NAME"),
     Setting("host", "127.0.0.1", parse_text, "address to listen on; 0.0.0.0 is every address", "ADDRESS", "HOST"),
     Setting("port", 8000, whole(0, 65535), "port to listen on; 0 picks a free one and prints it", "PORT", "PORT"),
     Setting("device", "auto", parse_device, "auto, cpu or cuda:N", "DEVICE", "DEVICE"),
