@@ -1136,11 +1136,13 @@ class Checkpoint:
 
     def _read_header(self, path: Path) -> None:
         try:
-            with safetensors.safe_open(path, framework="np"):  # the library checks lengths, offsets and overlaps
-                pass
             with open(path, "rb") as file:
+                with safetensors.safe_open(path, framework="np"):  # the library checks lengths, offsets and overlaps
+                    pass
                 size = int.from_bytes(file.read(8), "little")
                 header = json.loads(file.read(size))
+        except PermissionError as error:  # the library would say that there is no such file
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             found = path.stat().st_size
             raise CheckpointError(f"{path}: not a whole safetensors file ({found} bytes): {shorten(error)}") from None

@@ -166,6 +166,21 @@ def test_a_truncated_file_is_named_with_its_size(folder, size):
     assert f"{path}: not a whole safetensors file ({len(data)} bytes)" in message
 
 
+def test_weights_that_may_not_be_read_are_called_that(folder):
+    path, user = folder / "model.safetensors", os.geteuid()
+    path.chmod(0)
+    for parent in folder.parents[:-2] if user == 0 else ():
+        parent.chmod(parent.stat().st_mode | 0o111)
+    folder.chmod(0o755)
+    try:
+        os.seteuid(user or 65534)  # root may read everything
+        with pytest.raises(CheckpointError) as caught:
+            Checkpoint(folder)
+    finally:
+        os.seteuid(user)
+    assert str(caught.value) == f"{path}: cannot be read: Permission denied"
+
+
 def test_a_file_with_more_behind_its_tensors_is_refused(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes() + b"xx")
