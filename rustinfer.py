@@ -4081,6 +4081,7 @@ class Engine:
         self._handles: dict[Sequence, Handle] = {}
         self._aborted: list[tuple[Sequence, str]] = []  # who runs and shall end before the next step, and why
         self._next_id, self._failures, self._closing = 0, 0, False
+        self._process = os.getpid()  # a forked one has no engine thread, and perhaps a lock that nobody releases
         self._thread = threading.Thread(target=self._loop, name="rustinfer-engine", daemon=True)
         self._thread.start()
 
@@ -4093,6 +4094,9 @@ class Engine:
 
         `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
         """
+        if os.getpid() != self._process:
+            raise EngineError(f"the engine runs in process {self._process}, from which this one was forked; "
+                              "load a model of its own here")
         params = self._check(prompt_token_ids, params, param)
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
@@ -4155,7 +4159,12 @@ class Engine:
                 self._work.notify()
 
     def close(self) -> None:
-        """End what still runs with an error, stop the thread, free the device's memory. Safe to call twice."""
+        """End what still runs with an error, stop the thread, free the device's memory. Safe to call twice.
+
+        In a forked process it does nothing: the threads to wait for are in the other one.
+        """
+        if os.getpid() != self._process:
+            return
         with self._lock:
             self._closing = True
             self._work.notify()

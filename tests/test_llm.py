@@ -89,6 +89,13 @@ def test_streamed_pieces_join_to_the_unstreamed_answer(tiny_llm, prompts):
         assert [piece.finish_reason for piece in mine if piece.finish_reason] == [mine[-1].finish_reason] == ["length"]
 
 
+def test_answers_and_pieces_go_from_process_to_process(tiny_llm):
+    pieces, answers = list(tiny_llm.generate(TEXT, stream=True, **GREEDY)), tiny_llm.generate(TEXT, **GREEDY)
+    assert pickle.loads(pickle.dumps(answers)) == answers
+    assert [vars(piece) for piece in pickle.loads(pickle.dumps(pieces))] == [vars(piece) for piece in pieces]
+    assert pickle.loads(pickle.dumps(pieces)) == pieces
+
+
 def test_seeded_answers_repeat_and_unseeded_ones_vary(tiny_llm):
     params = SamplingParams(temperature=1.5, max_tokens=20, ignore_eos=True)
     ask = lambda **options: only(tiny_llm.generate(TEXT, params, **options)).token_ids
@@ -364,6 +371,37 @@ with LLM(sys.argv[1], device="cpu") as llm:
     print(json.dumps([output.outputs[0].text, text]))
 """, tmp_path, REFERENCES / "llama3-tied")
     assert json.loads(out) == [text_of(tiny_llm), only(tiny_llm.chat(MESSAGES, max_tokens=5)).text]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_is_told_that_the_engine_is_not_there_and_may_have_its_own():
+    code = """
+import multiprocessing, sys
+import rustinfer
+
+def ask(llm):
+    return llm.generate("a", max_tokens=3, temperature=0)[0].outputs[0].token_ids
+
+def in_child(answers, llm):
+    try:
+        ask(llm)
+    except rustinfer.EngineError as error:
+        answers.put(str(error))
+    llm.close()
+    with rustinfer.LLM(sys.argv[1], device="cpu", threads=2) as own:
+        answers.put(ask(own))
+
+with rustinfer.LLM(sys.argv[1], device="cpu", threads=2) as llm:
+    expected, context = ask(llm), multiprocessing.get_context("fork")
+    answers = context.Queue()
+    child = context.Process(target=in_child, args=(answers, llm), daemon=True)
+    child.start()
+    print(answers.get(timeout=20), answers.get(timeout=20) == expected == ask(llm))
+    child.join(20)
+    print(child.exitcode)
+"""
+    done = run_python(code, ROOT, str(REFERENCES / "llama3-tied"))
+    assert "from which this one was forked" in done and done.split()[-2:] == ["True", "0"]
 
 
 def test_program_that_forgets_to_close_still_ends():
