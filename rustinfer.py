@@ -6096,7 +6096,7 @@ class Piece(str):
     token_ids: tuple[int, ...] = ()
     finish_reason: str | None = None
 
-    def __new__(cls, text: str, index: int, token_ids: Iterable[int], finish_reason: str | None):
+    def __new__(cls, text: str, index: int = 0, token_ids: Iterable[int] = (), finish_reason: str | None = None):
         piece = super().__new__(cls, text)
         piece.index, piece.token_ids, piece.finish_reason = index, tuple(token_ids), finish_reason
         return piece

@@ -2,6 +2,7 @@
 import gc
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
