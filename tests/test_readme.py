@@ -16,7 +16,7 @@ def blocks(language: str) -> list[str]:
 
 
 def setting_row(setting: rustinfer.Setting) -> str:
-    flag = f"{setting.flag} {setting.metavar}".strip()
+    flag = f"{setting.flag} {setting.metavar}".strip().replace("|", r"\|")  # or it would end the cell
     default = "" if setting.default in (None, ()) else "off" if setting.default is False else setting.default
     return f"| `{flag}` | `{setting.variable}` | {default} | {setting.help} |"
 
@@ -35,6 +35,11 @@ def test_readme_lists_no_setting_that_is_gone():
 def test_help_lists_every_setting(setting):
     shown = " ".join(rustinfer.build_parser().format_help().split())
     assert setting.flag in shown and f"[{setting.variable}]" in shown
+
+
+def test_rows_of_tables_have_the_cells_of_their_head():
+    for table in re.findall(r"(?:^\|.*\n)+", README, re.MULTILINE):
+        assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1
 
 
 def test_ci_runs_the_readme_commands():
