@@ -2988,7 +2988,7 @@ class GrammarCompiler:
             llguidance = importlib.import_module("llguidance")
         except ImportError:
             raise UnsupportedError(f"{param} needs llguidance, which is not installed here: "
-                                   "pip install 'rustinfer[structured]'", param) from None
+                                   "pip install 'llguidance>=1.9'", param) from None
         with self._lock:
             if self._inner is None:
                 self._inner = llguidance.LLTokenizer(self._tokenizer.inner.to_str(), n_vocab=self._vocab_size,

@@ -10,7 +10,7 @@ import numpy as np
 import openai
 import pydantic
 import pytest
-from harness import REFERENCES, RawConnection, client_of, local_server
+from harness import REFERENCES, ROOT, RawConnection, client_of, local_server
 
 import rustinfer
 from rustinfer import CallRules, Structure
@@ -196,7 +196,8 @@ def test_what_cannot_be_enforced_is_refused_by_name(server, fields, param):
 
 def test_without_llguidance_the_request_is_refused_with_what_to_install(client, llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
-    with pytest.raises(openai.BadRequestError, match=r"pip install 'rustinfer\[structured\]'") as caught:
+    needed = re.search(r"^structured =\n +(\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
+    with pytest.raises(openai.BadRequestError, match=re.escape(f"pip install '{needed}'")) as caught:
         client.chat.completions.create(model=llm.name, messages=MESSAGES, response_format={"type": "json_object"})
     assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "response_format")
 
