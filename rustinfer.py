@@ -6332,10 +6332,10 @@ def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
 def default_sampling_params(folder: Path) -> SamplingParams:
     """What generation_config.json recommends; `do_sample: false` is temperature 0."""
     spec = read_json(folder / "generation_config.json", {})
-    names = {name: spec[name] for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-             if spec.get(name) is not None}
-    if spec.get("do_sample") is False:
-        names = {"temperature": 0.0}
+    drawn = () if spec.get("do_sample") is False else ("temperature", "top_p", "top_k", "min_p")
+    names = {name: spec[name] for name in (*drawn, "repetition_penalty") if spec.get(name) is not None}
+    if not drawn:
+        names["temperature"] = 0.0
     try:
         return SamplingParams(**names)
     except APIError as error:

@@ -315,6 +315,9 @@ class TestUtilities:
         with rustinfer.LLM(tmp_path / "model", device="cpu", max_tokens=9) as llm:
             recommended = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1, "max_tokens": 9}
             assert llm.describe_defaults() == {**neutral, **recommended}
+        (tmp_path / "model" / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.1}')
+        greedy = rustinfer.default_sampling_params(tmp_path / "model")
+        assert greedy == rustinfer.SamplingParams(temperature=0, repetition_penalty=1.1)
 
     def test_version(self, tiny_server):
         assert tiny_server.get("/version")[::2] == (200, {"version": rustinfer.__version__})
