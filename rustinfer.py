@@ -3316,7 +3316,7 @@ class Scheduler:
     neither starves nor holds up a short one.
 
     A tenant whose turn it is and who runs less than an equal share does not wait for long: if PATIENCE steps admit
-    nobody, the newest sequence of the tenant most over that share is preempted.
+    nobody, be it for want of places or of blocks, the newest sequences of the tenant most over that share are preempted.
 
     A sequence whose tokens nobody reads is put aside until somebody does: it has neither blocks nor a turn then.
     """
@@ -3389,13 +3389,13 @@ class Scheduler:
         self._asked.clear()
 
     def _make_room(self) -> None:
-        """Give each running sequence the block its next token needs, preempting the newest where there is none."""
+        """Give each running sequence the block its next token needs, preempting others where there is none."""
         for seq in list(filter(self._lacks_block, self.running)):
             while seq in self.running and self._lacks_block(seq):
                 if self.blocks.num_free:
                     self.blocks.grow(seq)
                 else:
-                    self._preempt(max(self.running, key=lambda other: other.seq_id))
+                    self._preempt(self._newest())
 
     def _lacks_block(self, seq: Sequence) -> bool:
         """True when its newest token stands behind its last block."""
@@ -3411,6 +3411,11 @@ class Scheduler:
         if any(seq.constraint and seq.token_ids[-1] == PENDING and not seq.is_full for seq in self.running):
             return False
         return sum(map(self._lacks_block, self.running)) <= self.blocks.num_free
+
+    def _newest(self) -> Sequence:
+        """The newest sequence of the tenant who runs most."""
+        counts = Counter(seq.tenant for seq in self.running)
+        return max(self.running, key=lambda seq: (counts[seq.tenant], seq.seq_id))
 
     def _preempt(self, seq: Sequence) -> None:
         """Free its blocks; its tokens are computed again when it is next admitted, before any newcomer."""
@@ -3444,15 +3449,17 @@ class Scheduler:
             return
         counts = Counter(seq.tenant for seq in self.running)
         seq = self.waiting.next(self.running)
-        share = max(1, self.max_num_seqs // len({seq.tenant for seq in self.waiting} | set(counts)))
-        tenant, most = max(counts.items(), key=lambda item: item[1], default=("", 0))
-        if counts[seq.tenant] >= share or most <= share:
+        share = max(1, len(self.running) // len({seq.tenant for seq in self.waiting} | set(counts)))
+        surplus = max(counts.values(), default=0) - share
+        if counts[seq.tenant] >= share or surplus <= 0:
             self._num_held = 0
         elif self._num_held < self.PATIENCE:
             self._num_held += 1
         else:
-            self._preempt(max((seq for seq in self.running if seq.tenant == tenant), key=lambda seq: seq.seq_id))
-            self._admit()
+            while seq in self.waiting and surplus > 0:  # its prompt may need the blocks of several
+                self._preempt(self._newest())
+                self._admit()
+                surplus -= 1
             self._num_held = 0
 
     def _share(self, prompts: list[Sequence], budget: int) -> list[int]:

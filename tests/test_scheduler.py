@@ -358,6 +358,21 @@ def test_if_no_place_frees_the_newest_of_the_tenant_most_over_its_share_makes_ro
     assert many[3].num_preemptions == 1 and alone.num_preemptions == 0  # nobody is below a share of two that waits
 
 
+@pytest.mark.parametrize("length", [8, 100])
+def test_a_newcomer_gets_blocks_as_it_gets_a_place_and_keeps_them(length):
+    run = Simulation(num_blocks=60, max_num_seqs=64, budget=128)
+    crowd = [run.add(8, max_tokens=200, tenant="many") for _ in range(100)]
+    for _ in range(40):
+        run.step()
+    assert run.scheduler.waiting and len(run.scheduler.running) < 32  # blocks are short, places are not
+    alone, steps = run.add(length, max_tokens=60, tenant="one"), run.steps
+    while alone in run.live:
+        run.step()
+    assert run.first_token[alone] - steps <= Scheduler.PATIENCE + 1
+    assert run.steps - steps <= Scheduler.PATIENCE + 1 + 60 and alone.num_preemptions == 0
+    assert not crowd[0].num_preemptions
+
+
 def test_equal_shares_are_reached_and_kept():
     run = Simulation(max_num_seqs=8, budget=64)
     for tenant, count in (("a", 30), ("b", 9), ("c", 5)):
