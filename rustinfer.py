@@ -3300,6 +3300,10 @@ class FairQueue:
         if tenant not in self._lines and not any(seq.tenant == tenant for seq in running):
             self._served.pop(tenant, None)
 
+    def lengths(self) -> dict[str, int]:
+        """How many wait of each tenant."""
+        return {tenant: len(line) for tenant, line in self._lines.items()}
+
     def position(self, seq: Sequence) -> int:
         """How many are before it when the lines take turns."""
         place = self._lines[seq.tenant].index(seq)
@@ -3316,7 +3320,7 @@ class Scheduler:
     neither starves nor holds up a short one.
 
     A tenant whose turn it is and who runs less than an equal share does not wait for long: if PATIENCE steps admit
-    nobody, be it for want of places or of blocks, the newest sequences of the tenant most over that share are preempted.
+    nobody, be it for want of places or blocks, the newest sequences of the tenant most over that share are preempted.
 
     A sequence whose tokens nobody reads is put aside until somebody does: it has neither blocks nor a turn then.
     """
@@ -3339,6 +3343,20 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         self.waiting.append(seq)
+
+    def is_full_for(self, tenant: str, most: int) -> bool:
+        """True when `most` sequences wait, beside those that the next step admits, and the tenant has its part of them.
+
+        So a line that one tenant filled is open to the others; all together are less than most * (1 + ln most).
+        """
+        if len(self.waiting) < most:
+            return False
+        lines, places = self.waiting.lengths(), self.max_num_seqs - len(self.running)
+        if lines.setdefault(tenant, 0) < most // len(lines):
+            return False
+        if places and self._room_for(self.waiting.next(self.running)) is None:
+            places = 0
+        return len(self.waiting) - places >= most
 
     def hold(self, seq: Sequence, on: bool) -> None:
         """Put a sequence aside, or let it go on, with the next step."""
@@ -3431,9 +3449,8 @@ class Scheduler:
     def _admit(self) -> None:
         while self.waiting and len(self.running) < self.max_num_seqs:
             seq = self.waiting.next(self.running)
-            prefix = self.blocks.find_prefix(seq)
-            spare = len(self.running)  # a block for each running sequence, or it would soon preempt this one again
-            if self.blocks.blocks_needed(seq, prefix) + spare > self.blocks.num_free:
+            prefix = self._room_for(seq)
+            if prefix is None:
                 return
             self.waiting.remove(seq)
             self.blocks.admit(seq, prefix)
@@ -3441,6 +3458,12 @@ class Scheduler:
             if not seq.num_preemptions:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.running.append(seq)
+
+    def _room_for(self, seq: Sequence) -> list[int] | None:
+        """The cached blocks that a sequence begins with; None if the others that it needs are not free."""
+        prefix = self.blocks.find_prefix(seq)
+        spare = len(self.running)  # a block for each running sequence, or it would soon preempt this one again
+        return prefix if self.blocks.blocks_needed(seq, prefix) + spare <= self.blocks.num_free else None
 
     def _keep_shares(self) -> None:
         """Make room for the next in turn once it has waited long enough below its share."""
@@ -4099,7 +4122,8 @@ class Engine:
                constraint: Constraint | None = None) -> Handle:
         """Queue a request. Raises APIError when it can never fit, the queue is full or the engine is ending.
 
-        `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart.
+        `param` is the request field that errors about the prompt name; `choice` tells answers of one seed apart: those
+        after the first belong to a request that has begun, and the queue takes them.
         """
         if os.getpid() != self._process:
             raise EngineError(f"the engine runs in process {self._process}, from which this one was forked; "
@@ -4111,7 +4135,7 @@ class Engine:
                 raise UnavailableError("the engine has failed", code="internal_error", headers={"Retry-After": "5"})
             if self._closing:
                 raise UnavailableError("the engine is closed", code="shutting_down", headers={"Retry-After": "5"})
-            if len(self.scheduler.waiting) >= self.config.max_queue:
+            if not choice and self.scheduler.is_full_for(tenant.name, self.config.max_queue):
                 wait = self.metrics.wait_s(len(self.scheduler.waiting)) or 1
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
                                      f"{self.config.max_queue}; try again later", headers=retry_after(wait))

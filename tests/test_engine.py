@@ -9,7 +9,8 @@ from make_references import random_checkpoint
 
 import rustinfer
 from rustinfer import (
-    LLM, APIError, ContextLengthError, Engine, EngineError, QueueFullError, SamplingParams, UnavailableError)
+    LLM, APIError, ContextLengthError, Engine, EngineError, Group, QueueFullError, SamplingParams, Tenant,
+    UnavailableError)
 
 PROMPT = list(range(20, 40))
 LONG = SamplingParams(max_tokens=400, ignore_eos=True, temperature=0)
@@ -158,6 +159,51 @@ def test_queue_is_bounded(open_llm):
     handles.append(llm.engine.submit(PROMPT, SHORT))
     gate.free()
     assert [len(list(handle)) for handle in handles] == [5, 0, 5, 5]
+
+
+def test_who_is_admitted_with_the_next_step_fills_no_queue(open_llm):
+    llm = open_llm(max_queue=1, max_num_seqs=4)
+    gate = Gate(llm.engine)
+    handles = [llm.engine.submit(PROMPT, SHORT)]
+    gate.wait()  # before the next step come three for the free places and one that waits
+    handles += [llm.engine.submit(PROMPT, SHORT) for _ in range(4)]
+    with pytest.raises(QueueFullError, match="4 requests wait"):
+        llm.engine.submit(PROMPT, SHORT)
+    gate.free()
+    assert [len(list(handle)) for handle in handles] == [5] * 5
+
+
+def test_who_waits_for_blocks_fills_the_queue(open_llm):
+    llm = open_llm(max_queue=2, max_num_seqs=8, kv_cache_memory=4 * 2 * 16 * 32 * 4)  # four blocks
+    gate = Gate(llm.engine)
+    handles = [llm.engine.submit(PROMPT * 2, SHORT)]
+    gate.wait()
+    handles += [llm.engine.submit(PROMPT * 2, SHORT) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait"):
+        llm.engine.submit(PROMPT, SHORT)
+    gate.free()
+    assert [len(list(handle)) for handle in handles] == [5] * 3
+
+
+def test_choices_of_a_request_that_has_begun_find_no_full_queue(open_llm):
+    llm = open_llm(max_queue=1, max_num_seqs=1)
+    group = Group(llm, [PROMPT], SHORT, n=4)
+    while not group.is_finished:
+        group.advance()
+    assert [len(answer.tokens) for answer in group.answers] == [5] * 4
+
+
+def test_a_queue_that_one_tenant_filled_is_open_to_others_for_their_part(open_llm):
+    llm = open_llm(max_queue=6, max_num_seqs=1)
+    gate = Gate(llm.engine)
+    handles = [llm.engine.submit(PROMPT, SHORT, Tenant("crowd"))]
+    gate.wait()
+    for name, part in (("crowd", 6), ("second", 3), ("third", 2)):
+        handles += [llm.engine.submit(PROMPT, SHORT, Tenant(name)) for _ in range(part)]
+        with pytest.raises(QueueFullError):
+            llm.engine.submit(PROMPT, SHORT, Tenant(name))
+    gate.free()
+    assert [len(list(handle)) for handle in handles] == [5] * 12
 
 
 @pytest.mark.parametrize("length, max_tokens", [(30, None), (31, None), (31, 5), (26, 5), (10, 1000)])
