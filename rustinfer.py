@@ -6046,7 +6046,7 @@ KEY_FIELDS = {f.name: f for f in (
 def read_key_file(path: str) -> Iterator[tuple[str, str, dict]]:
     """(name, key, limits) of each entry of [{"name", "key", and any of the limits}]; SettingsError if it is none."""
     try:
-        entries = parse_json(b'{"keys":' + Path(path).expanduser().read_bytes() + b"}")["keys"]
+        entries = parse_json(b'{"keys":' + Path(path).read_bytes() + b"}")["keys"]
         if not isinstance(entries, list) or not entries:
             raise APIError("a list of keys is expected")
         for index, entry in enumerate(entries):
@@ -7046,9 +7046,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
 
 def close_socket(connection: socket.socket) -> None:
-    """Wake whoever reads the socket; its own thread closes it."""
+    """Wake whoever reads the socket; its own thread closes it, and of TLS' state here nothing may change."""
     try:
-        connection.shutdown(socket.SHUT_RDWR)
+        socket.socket.shutdown(connection, socket.SHUT_RDWR)
     except OSError:
         pass
 

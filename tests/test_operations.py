@@ -1,4 +1,5 @@
 """What operators use: Prometheus' numbers, the queue, time limits, the log as JSON, HTTPS."""
+import contextlib
 import http.client
 import json
 import ssl
@@ -240,6 +241,21 @@ class TestTLS:
                 plain.read_rest()
                 assert silent.at_end()
             wait_for(lambda: not server.connections)
+
+    def test_connections_that_are_dropped_in_the_handshake_are_no_error(self, tiny_llm, files, caplog):
+        with local_server(tiny_llm, ssl_certfile=str(files / "both.pem"), max_connections=2) as server:
+            with contextlib.ExitStack() as opened:
+                for count in range(1, 7):
+                    raw = opened.enter_context(RawConnection(server.port))
+                    raw.send(b"\x16\x03\x01\x02\x00\x01")  # the beginning of a handshake
+                    wait_for(lambda: len(server.connections) >= min(count, 2))
+                server.stop(0)
+        assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+    def test_a_path_may_begin_at_home(self, files, monkeypatch):
+        monkeypatch.setenv("HOME", str(files))
+        with local_server(None, ssl_certfile="~/cert.pem", ssl_keyfile="~/key.pem") as server:
+            assert server.url.startswith("https://")
 
     def test_files_that_cannot_be_used_are_named(self, files):
         for options in (dict(ssl_certfile=str(files / "cert.pem")), dict(ssl_keyfile=str(files / "key.pem")),
