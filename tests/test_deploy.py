@@ -317,9 +317,7 @@ def steady(change: str, start: str = "0") -> str:
 TROUBLE = {  # what the server shows when an alert should fire after twenty minutes
     "RustinferDown": {'up{job="rustinfer"}': steady("0")},
     "RustinferRestarts": {'process_start_time_seconds{job="rustinfer"}': "1x9 2x4 3x2 4x4"},
-    "RustinferStalled": {"rustinfer:num_requests_running": steady("0", "3"),
-                         "rustinfer:generation_tokens_total": steady("0", "9"),
-                         "rustinfer:prompt_tokens_total": steady("0", "9")},
+    "RustinferStalled": {"rustinfer:num_requests_running": steady("0", "3"), "rustinfer:steps_total": steady("0", "9")},
     "RustinferInternalErrors": {'rustinfer:errors_total{code="internal_error"}': "_x18 1 1 1"},
     "RustinferQueueFull": {'rustinfer:errors_total{code="queue_full"}': steady("2")},
     "RustinferQueueLong": {'rustinfer:request_queue_time_seconds_bucket{le="5"}': steady("1"),
@@ -336,8 +334,9 @@ TROUBLE = {  # what the server shows when an alert should fire after twenty minu
 }
 CALM = {
     'up{job="rustinfer"}': steady("0", "1"), 'process_start_time_seconds{job="rustinfer"}': "1x9 2x9",
-    "rustinfer:num_requests_running": steady("0", "3"), "rustinfer:generation_tokens_total": steady("100"),
-    "rustinfer:prompt_tokens_total": steady("100"), 'rustinfer:errors_total{code="internal_error"}': steady("0", "1"),
+    "rustinfer:num_requests_running": steady("0", "3"), "rustinfer:steps_total": steady("100"),
+    "rustinfer:generation_tokens_total": steady("0", "9"), "rustinfer:prompt_tokens_total": steady("0"),  # none ends
+    'rustinfer:errors_total{code="internal_error"}': steady("0", "1"),
     'rustinfer:errors_total{code="queue_full"}': steady("0", "7"),
     'rustinfer:errors_total{code="invalid_value"}': steady("5"),
     'rustinfer:request_queue_time_seconds_bucket{le="5"}': steady("10"),
