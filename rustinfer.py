@@ -4531,8 +4531,8 @@ def check_json(value: Any, depth: int = 1) -> None:
             check_json(item, depth + 1)
 
 
-def parse_json(body: bytes) -> dict:
-    """The request's JSON object: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
+def parse_json(data: bytes, kind: type = dict, name: str = "the body") -> Any:
+    """JSON, an object unless told: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
 
     def refuse(text: str) -> None:
         raise ValueError(f"{shorten(text)} is not a number that can be used")
@@ -4552,15 +4552,15 @@ def parse_json(body: bytes) -> dict:
         return float(text) if math.isfinite(float(text)) else refuse(text)
 
     try:
-        value = json.loads(body.decode("utf-8"), parse_constant=refuse, parse_float=finite, parse_int=integer,
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=finite, parse_int=integer,
                            object_pairs_hook=unique)
         check_json(value)
     except RecursionError:
-        raise APIError(f"the body is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
+        raise APIError(f"{name} is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise APIError(f"the body is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
-    if not isinstance(value, dict):
-        raise InvalidTypeError(f"the body is a JSON {TYPE_NAMES[type(value)]}; an object is expected")
+        raise APIError(f"{name} is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
+    if not isinstance(value, kind):
+        raise InvalidTypeError(f"{name} is a JSON {TYPE_NAMES[type(value)]}; an {TYPE_NAMES[kind]} is expected")
     return value
 
 
@@ -4568,12 +4568,9 @@ def parse_query_value(name: str, text: str) -> Any:
     if text in ("True", "False"):  # as Python clients write them
         return text == "True"
     try:
-        values = parse_json(b'{"value":' + text.encode() + b"}")
+        return parse_json(text.encode(), object)
     except APIError:
-        values = {}
-    if len(values) != 1:  # not JSON, or `1,"more":2`
-        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code="invalid_json")
-    return values["value"]
+        raise APIError(f"{name} is {shorten(text)!r}; JSON is expected", name, code="invalid_json") from None
 
 
 def parse_query(query: str, fields: dict[str, Field]) -> dict:
@@ -6046,8 +6043,8 @@ KEY_FIELDS = {f.name: f for f in (
 def read_key_file(path: str) -> Iterator[tuple[str, str, dict]]:
     """(name, key, limits) of each entry of [{"name", "key", and any of the limits}]; SettingsError if it is none."""
     try:
-        entries = parse_json(b'{"keys":' + Path(path).read_bytes() + b"}")["keys"]
-        if not isinstance(entries, list) or not entries:
+        entries = parse_json(Path(path).read_bytes(), list, "the file")
+        if not entries:
             raise APIError("a list of keys is expected")
         for index, entry in enumerate(entries):
             if not isinstance(entry, dict) or not {"name", "key"} <= set(entry):

@@ -100,7 +100,9 @@ class TestClient:
 
 class TestKeyFile:
     @pytest.mark.parametrize("content, said", [
-        ("{}", "a list"), ("[]", "a list"), ("[5]", r"\[0\]"), ('[{"name": "a"}]', r"\[0\]"), ("nonsense", "JSON"),
+        ("{}", "array"), ("[]", "a list"), ("[5]", r"\[0\]"), ('[{"name": "a"}]', r"\[0\]"),
+        ("nonsense", "the file is not valid JSON.*char 0"),
+        ('[{"name": "a", "key": "long-enough"}], "more": []', "not valid JSON"),
         ('[{"name": "a", "key": "short"}]', "8 to 512"), ('[{"name": "", "key": "long-enough"}]', "not empty"),
         ('[{"name": "a", "key": "long-enough", "limit": 5}]', "limit"),
         ('[{"name": "a", "key": "long-enough", "tokens_per_minute": 0}]', "tokens_per_minute"),
