@@ -3572,17 +3572,16 @@ class Metrics:
         self._histograms = {name: prometheus_client.Histogram(
             f"rustinfer:{name}", text, ["model_name"], registry=self.registry, buckets=bounds).labels(model_name)
             for name, (text, bounds) in HISTOGRAMS.items()}
-        self._starts: deque[float] = deque(maxlen=32)  # when the last requests left the queue
+        self._served: deque[float] = deque(maxlen=32)  # seconds that the last requests ran
 
-    def started(self, now: float) -> None:
-        """A request left the queue."""
-        self._starts.append(now)
+    def wait_s(self, position: int, num_running: int) -> float | None:
+        """Seconds until a request with so many before it may start, if those that run take as long as the last ones.
 
-    def wait_s(self, position: int) -> float | None:
-        """Seconds until a request with so many before it may start, at the pace of the last ones; None if unknown."""
-        if len(self._starts) < 2:
+        None if none has ended yet.
+        """
+        if not self._served:
             return None
-        return (position + 1) * (time.monotonic() - self._starts[0]) / len(self._starts)
+        return (position + 1) * sum(self._served) / len(self._served) / max(1, num_running)
 
     def stepped(self, num_seqs: int) -> None:
         self.steps += 1
@@ -3596,6 +3595,8 @@ class Metrics:
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
+        if timing.started is not None:
+            self._served.append(timing.e2e_s - timing.queue_s)
         if timing.first_token is not None:
             self._observe(seq, timing)
 
@@ -4136,7 +4137,7 @@ class Engine:
             if self._closing:
                 raise UnavailableError("the engine is closed", code="shutting_down", headers={"Retry-After": "5"})
             if not choice and self.scheduler.is_full_for(tenant.name, self.config.max_queue):
-                wait = self.metrics.wait_s(len(self.scheduler.waiting)) or 1
+                wait = self._wait_s(len(self.scheduler.waiting)) or 1
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
                                      f"{self.config.max_queue}; try again later", headers=retry_after(wait))
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, tenant.salt, choice, tenant.name)
@@ -4212,7 +4213,10 @@ class Engine:
             if seq not in self.scheduler.waiting:
                 return None
             position = self.scheduler.waiting.position(seq)
-            return position, self.metrics.wait_s(position)
+            return position, self._wait_s(position)
+
+    def _wait_s(self, position: int) -> float | None:
+        return self.metrics.wait_s(position, len(self.scheduler.running))
 
     def snapshot(self) -> dict:
         """Counters and the state of queue and cache."""
@@ -4265,9 +4269,7 @@ class Engine:
         for seq in step.sequences:
             if len(seq.token_ids) == seq.num_prompt_tokens:
                 timing = self._handles[seq].timing
-                if timing.started is None:
-                    timing.started = now
-                    self.metrics.started(now)
+                timing.started = timing.started or now
         return step
 
     def _drop_aborted(self) -> None:

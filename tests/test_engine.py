@@ -161,6 +161,23 @@ def test_queue_is_bounded(open_llm):
     assert [len(list(handle)) for handle in handles] == [5, 0, 5, 5]
 
 
+def test_the_predicted_wait_counts_no_idle_time(open_llm, monkeypatch):
+    llm = open_llm(max_queue=1, max_num_seqs=1)
+    for _ in range(3):
+        list(llm.engine.submit(PROMPT, SHORT))
+    now = time.monotonic
+    monkeypatch.setattr(rustinfer.time, "monotonic", lambda: now() + 3600)  # an hour later
+    gate = Gate(llm.engine)
+    handles = [llm.engine.submit(PROMPT, SHORT)]
+    gate.wait()
+    handles.append(llm.engine.submit(PROMPT, SHORT))
+    with pytest.raises(QueueFullError) as caught:
+        llm.engine.submit(PROMPT, SHORT)
+    assert int(caught.value.headers["Retry-After"]) < 60
+    gate.free()
+    assert [len(list(handle)) for handle in handles] == [5, 5]
+
+
 def test_who_is_admitted_with_the_next_step_fills_no_queue(open_llm):
     llm = open_llm(max_queue=1, max_num_seqs=4)
     gate = Gate(llm.engine)
