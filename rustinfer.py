@@ -6337,20 +6337,12 @@ class Group:
         for _, answer in running:  # of a first choice its first token: the others wait for it
             answer.handle.want(at_least if answer.tokens or self.n == 1 else 1)
         with self._changed:
-            self._changed.wait_for(lambda: any(answer.handle.has_news for _, answer in running),
-                                   timeout if running else 0.01)  # others fill the queue, and tell nothing
+            self._changed.wait_for(lambda: any(answer.handle.has_news for _, answer in running), timeout)
         parts = [(place, *part) for place, answer in running for part in answer.advance(timeout=0)]
-        self._start_siblings()
-        return parts
-
-    def _start_siblings(self) -> None:
-        """The other choices of computed prompts, as far as the queue has room: who was let in once is not sent away."""
         for place, answer in enumerate(self.places):
             if answer is None and self.places[place - place % self.n].tokens:
-                try:
-                    self._start(place)
-                except QueueFullError:
-                    return
+                self._start(place)
+        return parts
 
 
 def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
