@@ -370,6 +370,31 @@ class TestChat:
             expect(page.get_by_role("button", name="Latest")).to_be_hidden()
 
 
+FULL = """() => {
+    Storage.prototype.setItem = IDBObjectStore.prototype.put = () => { throw new DOMException("", "QuotaExceededError"); };
+}"""
+
+
+class TestFullStorage:
+    def test_settings_and_theme_act_and_show_what_they_do(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        page.evaluate(FULL)
+        page.get_by_role("button", name="Settings", exact=True).click()
+        page.get_by_label("Temperature", exact=True).fill("0.7")
+        assert request_body(page, lambda: ask(page, "Hello"))["temperature"] == 0.7
+        for theme in ("light", "dark", "system"):
+            page.locator("#theme").click()
+            expect(page.locator("#theme")).to_have_accessible_name(f"Theme: {theme}")
+
+    def test_a_key_is_used(self, demo_llm, visit):
+        with local_server(demo_llm, api_key=("secret-key-1",)) as server:
+            page = visit(server, ready=False)
+            page.evaluate(FULL)
+            page.get_by_role("dialog").get_by_label("Key").fill("secret-key-1")
+            page.keyboard.press("Enter")
+            ask(page, "Hello")
+
+
 class TestConversations:
     def test_they_survive_a_reload(self, demo_server, visit, expect):
         page = visit(demo_server)
@@ -498,6 +523,14 @@ class TestErrors:
             page.keyboard.press("Enter")
             expect(dialog).to_be_hidden()
             wait_for(lambda: page.evaluate("localStorage.getItem('rustinfer.key')") == '"secret-key-1"')
+
+    @pytest.mark.parametrize("key, code", [("\u201csecret-key-1\u201d", "U+201C"), ("key\U0001f511", "U+1F511")])
+    def test_a_key_that_no_header_holds_is_told(self, demo_llm, visit, expect, key, code):
+        with local_server(demo_llm, api_key=("secret-key-1",)) as server:
+            page = visit(server, ready=False)
+            page.get_by_role("dialog").get_by_label("Key").fill(key)
+            page.keyboard.press("Enter")
+            expect(page.get_by_role("dialog")).to_contain_text(f"The character {code} cannot be part of a key.")
 
     def test_a_request_that_needs_a_key_goes_on_with_it(self, demo_llm, visit, expect):
         with local_server(demo_llm, api_key=("secret-key-1",)) as server:
