@@ -386,6 +386,18 @@ class TestFullStorage:
             page.locator("#theme").click()
             expect(page.locator("#theme")).to_have_accessible_name(f"Theme: {theme}")
 
+    def test_conversations_last_as_long_as_the_page(self, demo_server, visit, expect, tmp_path):
+        page = visit(demo_server)
+        page.evaluate(FULL)
+        ask(page, "Hello")
+        page.get_by_role("button", name="New chat").click()
+        ask(page, "Tell me a joke.")
+        page.evaluate("reload()")  # as when the tab is looked at again
+        expect(page.locator("#items .open")).to_have_text(["Tell me a joke.", "Hello"])
+        (tmp_path / "file.json").write_text('{"conversations": [{"messages": [{"role": "user", "content": "x"}]}]}')
+        page.locator("#file").set_input_files(tmp_path / "file.json")
+        expect(page.locator("#toast")).to_contain_text("no room")
+
     def test_a_key_is_used(self, demo_llm, visit):
         with local_server(demo_llm, api_key=("secret-key-1",)) as server:
             page = visit(server, ready=False)
@@ -482,6 +494,16 @@ class TestConversations:
             {"role": "assistant", "content": "<img src=x>", "numbers": {"finish": "5"}},
         ]
 
+    def test_an_imported_file_replaces_nothing(self, demo_server, visit, expect, tmp_path):
+        one = {"id": "0123456789abcdef", "title": "one", "messages": [{"role": "user", "content": "x"}]}
+        file = {"conversations": [one, {**one, "title": "two"}, {**one, "title": "three", "id": [one["id"]]}]}
+        (tmp_path / "file.json").write_text(json.dumps(file))
+        page = visit(demo_server)
+        page.locator("#file").set_input_files(tmp_path / "file.json")
+        expect(page.locator("#toast")).to_have_text("Imported 3 conversations")
+        assert sorted(page.locator("#items .open").all_inner_texts()) == ["one", "three", "two"]
+        assert all(re.fullmatch("[0-9a-f]{16}", saved["id"]) for saved in page.evaluate("store.all()"))
+
     def test_two_answers_at_once(self, endless, visit, expect):
         with local_server(endless) as server:
             page = visit(server)
@@ -502,6 +524,33 @@ class TestConversations:
         other.goto(demo_server.url)
         ask(page, "Hello")
         expect(other.locator("#items .open")).to_have_text("Hello")
+
+    def test_two_tabs_in_one_conversation_lose_nothing(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        ask(page, "Hello")
+        other = page.context.new_page()
+        other.goto(demo_server.url)
+        other.locator("#items .open").click()
+        ask(page, "Tell me a joke.")
+        expect(other.locator("article")).to_have_count(4)
+        page.get_by_role("button", name="Rename Hello").click()
+        page.get_by_label("Name", exact=True).fill("Greetings")
+        page.keyboard.press("Enter")
+        expect(other.locator("#items .open")).to_have_text("Greetings")
+        ask(other, "Count to 10.")
+        expect(page.locator("article")).to_have_count(6)
+        (saved,) = page.evaluate("store.all()")
+        assert len(saved["messages"]) == 6 and saved["title"] == "Greetings"
+
+    def test_a_conversation_deleted_in_another_tab_is_gone(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        ask(page, "Hello")
+        other = page.context.new_page()
+        other.goto(demo_server.url)
+        expect(other.locator("#items .open")).to_have_text("Hello")
+        page.get_by_role("button", name="Delete Hello").click()
+        page.keyboard.press("Enter")
+        expect(other.locator("#items li")).to_have_count(0)
 
 
 class TestErrors:
@@ -902,6 +951,28 @@ class TestUse:
             "Regenerate the answer",
             "input",
         } <= seen
+
+    def test_the_focus_is_not_lost(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        ask(page, "Hello")
+        page.get_by_role("button", name="New chat").click()
+        ask(page, "Tell me a joke.")
+        row = page.get_by_role("button", name="Hello", exact=True)
+        row.focus()
+        page.keyboard.press("Enter")
+        page.evaluate("save(current)")  # as every other second while an answer comes
+        expect(row).to_be_focused()
+        page.get_by_role("button", name="Rename Hello").press("Enter")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="Rename Hello")).to_be_focused()
+        page.get_by_role("button", name="Edit the message").press("Enter")
+        page.keyboard.press("Escape")
+        expect(page.get_by_role("button", name="Edit the message")).to_be_focused()
+        page.get_by_role("button", name="Regenerate the answer").press("Enter")
+        expect(page.locator("#thread")).to_be_focused()
+        page.get_by_role("button", name="Delete Hello").press("Enter")
+        page.keyboard.press("Enter")
+        expect(page.get_by_role("button", name="New chat")).to_be_focused()
 
     def test_reduced_motion_is_kept(self, endless, visit):
         with local_server(endless) as server:
