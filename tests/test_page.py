@@ -1085,10 +1085,26 @@ class TestMarkdown:
         ):
             assert part in html, (part, html)
 
-    def test_streamed_in_any_pieces_it_is_the_same(self, page):
-        whole = self.html(page, SAMPLE)
+    @pytest.mark.parametrize(
+        "text, html",
+        [
+            ("* a\n\t+ b\n\t\t- c\n\n\t+ d\n* e", "<li>a<ul><li>b<ul><li>c</li></ul></li><li>d</li></ul></li><li>e"),
+            ("-\tone\n-\ttwo", "<ul><li>one</li><li>two</li></ul>"),
+            ("a | b\n---\nc", "<p>a | b</p><hr><p>c</p>"),
+            ("|a|b|c|\n|-|-|\n|1|2|3|", "<td>1</td><td>2</td><td>3</td>"),
+            ("a\\\nb", "<p>a\nb</p>"),
+            ("a\r\n\r\nb", "<p>a</p><p>b</p>"),
+            ("(https://example.com/a_(b)_c).", '(<a href="https://example.com/a_(b)_c" '),
+        ],
+    )
+    def test_what_models_write(self, page, text, html):
+        assert html in self.html(page, text)
+
+    @pytest.mark.parametrize("text", [SAMPLE, "x\na | b\n- c | d\n", "x\na | b\n  - | c\n", "```\nx\n   ~~"])
+    def test_streamed_in_any_pieces_it_is_the_same(self, page, text):
+        whole = self.html(page, text)
         for size in (1, 2, 3, 7, 50):
-            assert self.html(page, *(SAMPLE[at : at + size] for at in range(0, len(SAMPLE), size))) == whole, size
+            assert self.html(page, *(text[at : at + size] for at in range(0, len(text), size))) == whole, size
 
     @pytest.mark.parametrize(
         "text",
