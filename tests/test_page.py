@@ -356,6 +356,20 @@ class TestChat:
         page.locator(".open").click()
         expect(page.locator(".tokens span").first).to_be_visible()
 
+    def test_the_keyboard_brings_a_token_into_view(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        page.evaluate(
+            "current.messages.push({role: 'assistant', content: 'x', tokens: Array.from({length: 200},"
+            " (_, n) => [n + '\\n', -1, []])}); show(current)"
+        )
+        page.locator(".tokens").focus()
+        page.evaluate("document.getElementById('thread').scrollTop = 0")
+        for _ in range(60):
+            page.keyboard.press("ArrowRight")
+        expect(page.locator(".tokens .at")).to_have_text("59")
+        expect(page.locator(".tokens .at")).to_be_in_viewport()
+        expect(page.locator("#tip")).to_be_in_viewport()
+
     def test_the_view_follows_the_answer_unless_the_reader_has_left_the_end(self, demo_llm, speak, visit, expect):
         speak("\n\n".join(f"Paragraph {n}" for n in range(80)))
         with local_server(demo_llm) as server:
@@ -371,7 +385,8 @@ class TestChat:
 
 
 FULL = """() => {
-    Storage.prototype.setItem = IDBObjectStore.prototype.put = () => { throw new DOMException("", "QuotaExceededError"); };
+    const refuse = () => { throw new DOMException("", "QuotaExceededError"); };
+    Storage.prototype.setItem = IDBObjectStore.prototype.put = refuse;
 }"""
 
 
@@ -434,6 +449,7 @@ class TestConversations:
         ask(page, "Hello")
         for button, left in (("Cancel", 1), ("Delete", 0)):
             page.get_by_role("button", name="Delete Hello").click()
+            expect(page.get_by_role("dialog").get_by_role("checkbox")).to_be_hidden()
             page.get_by_role("dialog").get_by_role("button", name=button).click()
             expect(page.locator("#items li")).to_have_count(left)
         expect(page.locator("#welcome")).to_be_visible()
@@ -637,6 +653,24 @@ class TestErrors:
             expect(page.locator("#notice")).to_be_hidden()
             page.get_by_role("button", name="Try again").click()
             expect(page.locator("article.assistant")).to_contain_text("Rust is a")
+
+    def test_a_server_that_stops_in_mid_answer(self, endless, visit, expect):
+        with local_server(endless) as server:
+            page = visit(server)
+            page.fill("#input", "What is Rust?")
+            page.press("#input", "Enter")
+            expect(page.locator("article.assistant")).to_contain_text("Rust is a")
+        expect(page.locator(".problem")).to_contain_text("The answer was cut off")
+        expect(page.locator("article.assistant")).to_contain_text("Rust is a")
+        page.wait_for_selector("#status[data-state=offline]")
+
+    @pytest.mark.parametrize("body", ["null", "<html>", '{"error": "text"}', '{"error": {"message": null}}'])
+    def test_an_error_that_is_not_this_servers(self, demo_server, visit, expect, body):
+        page = visit(demo_server)
+        page.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body=body))
+        page.fill("#input", "Hello")
+        page.press("#input", "Enter")
+        expect(page.locator(".problem")).to_contain_text("The server answered 502.")
 
     def test_a_model_that_still_loads(self, demo_llm, visit, expect):
         with local_server() as server:
@@ -887,6 +921,15 @@ class TestUse:
         page.emulate_media(color_scheme="light")
         assert not dark()
 
+    def test_an_address_without_a_view_is_the_chat(self, demo_server, visit, expect):
+        page = visit(demo_server, "#/constructor")
+        expect(page.locator("#chat")).to_be_visible()
+
+    def test_a_method_is_one_line(self, demo_server, visit):
+        page = visit(demo_server, "#/try", viewport={"width": 320, "height": 700})
+        heights = page.locator(".method").evaluate_all("nodes => nodes.map(node => node.clientHeight)")
+        assert max(heights) == min(heights)
+
     def test_nothing_is_wider_than_the_screen(self, demo_server, visit):
         page = visit(demo_server)
         page.evaluate(
@@ -904,6 +947,21 @@ class TestUse:
                 .filter(node => node.scrollWidth > node.clientWidth).map(node => node.id)"""
             )
             assert (view, width, wide) == (view, width, [])
+
+    @pytest.mark.parametrize("width", [375, 1280])
+    def test_text_twice_as_large_as_usual(self, demo_server, visit, expect, width):
+        page = visit(demo_server, viewport={"width": width, "height": 800})
+        page.context.new_cdp_session(page).send("Page.setFontSizes", {"fontSizes": {"standard": 32, "fixed": 26}})
+        page.wait_for_function("() => getComputedStyle(document.documentElement).fontSize === '32px'")
+        for view in ("dashboard", "try", "chat"):
+            page.evaluate("view => { location.hash = '#/' + view; }", view)
+            wide = page.evaluate(
+                """() => [...document.querySelectorAll("main > section:not([hidden]), #thread, #top, body")]
+                .filter(node => node.scrollWidth > node.clientWidth).map(node => node.id)"""
+            )
+            assert (view, wide) == (view, [])
+            for name in ("Theme: system", *(["Settings"] if view == "chat" else [])):
+                expect(page.get_by_role("button", name=name, exact=True)).to_be_in_viewport(ratio=1)
 
     def test_panels_on_a_phone(self, demo_server, visit, expect):
         page = visit(demo_server, viewport={"width": 375, "height": 700})
@@ -1210,6 +1268,27 @@ class TestHostile:
             ask(page, '"><img src=x onerror=window.ran=1>')
             expect(page.locator("#items .open")).to_contain_text("<img")
             assert page.evaluate("window.ran") is None and page.locator("#items img, #thread img").count() == 0
+
+    def test_direction_overrides_do_not_act_in_titles_names_and_errors(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "a\u202eb"}]}))
+        page.route(
+            "**/v1/chat/completions", lambda route: route.fulfill(status=400, json={"error": {"message": "no\u2066pe"}})
+        )
+        page.reload()
+        page.wait_for_selector("#status[data-state=ready]")
+        expect(page.locator("#welcome-model")).to_have_text("aU+202Eb")
+        expect(page.locator("#status")).to_contain_text("aU+202Eb")
+        page.fill("#input", "x\u202ey")
+        page.press("#input", "Enter")
+        expect(page.locator(".problem")).to_contain_text("noU+2066pe")
+        page.get_by_role("button", name="Delete xU+202Ey").click()
+        expect(page.get_by_role("dialog")).to_contain_text("“xU+202Ey” is kept nowhere else.")
+
+    def test_a_title_is_not_cut_through_a_character(self, demo_server, visit, expect):
+        page = visit(demo_server)
+        ask(page, "a" * 59 + "\U0001f389")
+        expect(page.locator("#items .open")).to_have_text("a" * 59)
 
     @pytest.mark.parametrize(
         "kind, text",
