@@ -362,6 +362,7 @@ class TestChat:
             "current.messages.push({role: 'assistant', content: 'x', tokens: Array.from({length: 200},"
             " (_, n) => [n + '\\n', -1, []])}); show(current)"
         )
+        page.wait_for_function("() => dirty.size === 0")
         page.locator(".tokens").focus()
         page.evaluate("document.getElementById('thread').scrollTop = 0")
         for _ in range(60):
@@ -956,8 +957,8 @@ class TestUse:
         for view in ("dashboard", "try", "chat"):
             page.evaluate("view => { location.hash = '#/' + view; }", view)
             wide = page.evaluate(
-                """() => [...document.querySelectorAll("main > section:not([hidden]), #thread, #top, body")]
-                .filter(node => node.scrollWidth > node.clientWidth).map(node => node.id)"""
+                """() => [...document.querySelectorAll("main > section:not([hidden]), .route, #thread, #top, body")]
+                .filter(node => node.scrollWidth > node.clientWidth).map(node => node.id || node.className)"""
             )
             assert (view, wide) == (view, [])
             for name in ("Theme: system", *(["Settings"] if view == "chat" else [])):
