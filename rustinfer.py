@@ -5792,6 +5792,8 @@ def turn_messages(turns: list, system: Any) -> list[dict]:
         given = check_fields(turn, TURN_FIELDS, where + ".")
         role, place = given.get("role"), where + ".content"
         if role == "user":
+            if given.get("content") == []:
+                raise InvalidTypeError(f"{place} is an empty list; at least one block is expected", place)
             found = user_turn(blocks_of(given.get("content"), ("text", "tool_result"), place))
         elif role == "assistant":
             found = assistant_turn(blocks_of(given.get("content"), ("text", "tool_use"), place))
