@@ -5461,25 +5461,29 @@ def item_message(item: Any, where: str) -> dict:
     return {"role": given.get("role"), "content": parts(given.get("content"), where=where + ".content")}
 
 
-def input_messages(given: dict) -> tuple[list[dict], list[str]]:
-    """instructions and input as chat messages, and the field that each came from."""
-    messages, places = [], []
+def input_messages(given: dict) -> tuple[list[dict], dict[str, str]]:
+    """instructions and input as chat messages, and where each field of those came from."""
+    messages, renamed = [], {"messages": "input"}
     if "instructions" in given:
         messages.append({"role": "system", "content": given["instructions"]})
-        places.append("instructions")
+        renamed["messages[0]"] = "instructions"
     items = given.get("input")
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     if not isinstance(items, list) or not items:
         raise APIError("input is missing; text or a list of at least one item is expected", "input")
     for index, item in enumerate(items):
-        message = item_message(item, f"input[{index}]")
-        if "tool_calls" in message and messages and "tool_calls" in messages[-1]:  # calls of one turn
-            messages[-1]["tool_calls"] += message["tool_calls"]
-        else:
+        where = f"input[{index}]"
+        message = item_message(item, where)
+        calls = message.pop("tool_calls", [])
+        if not calls or not messages or messages[-1]["role"] != "assistant":
             messages.append(message)
-            places.append(f"input[{index}]")
-    return messages, places
+            renamed[f"messages[{len(messages) - 1}]"] = where
+        if calls:  # they belong to the turn of the text and the calls before them
+            turn = messages[-1].setdefault("tool_calls", [])
+            turn += calls
+            renamed[f"messages[{len(messages) - 1}].tool_calls[{len(turn) - 1}].function"] = where
+    return messages, renamed
 
 
 def nested_tools(tools: list) -> list[dict]:
@@ -5524,7 +5528,7 @@ def response_format(given: dict) -> dict:
 def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
     """The chat request that a request for a response is."""
     given = check_fields(values, RESPONSE_FIELDS)
-    messages, places = input_messages(given)
+    messages, renamed = input_messages(given)
     check_fields(given.get("stream_options", {}), STREAM_FIELDS, "stream_options.")
     for index, name in enumerate(given.get("include", [])):
         if name != LOGPROBS_INCLUDED:
@@ -5536,9 +5540,8 @@ def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
     chat |= {"tools": nested_tools(given["tools"])} if "tools" in given else {}
     chat |= {"tool_choice": nested_choice(given["tool_choice"])} if "tool_choice" in given else {}
     chat |= {"logprobs": True} if given.get("include") else {}
-    renamed = {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
-               "response_format.json_schema": "text.format", "messages": "input", **{
-                   f"messages[{index}]": place for index, place in enumerate(places)}}
+    renamed |= {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
+                "response_format.json_schema": "text.format"}
     return translated(chat, defaults, renamed)
 
 

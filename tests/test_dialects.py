@@ -119,6 +119,29 @@ def test_a_round_trip_with_a_tool_goes_alike(chats, messages, stream):
     assert chat[:3] == response[:3] == message[:3] and "rainy" in chat[0]
 
 
+def test_a_turn_of_text_and_calls_is_one_in_each(chats, messages):
+    told, rain = "Let me look.", [{"weather": "rainy"}, {"weather": "dry"}]
+    asked = {"role": "user", "content": "What is the weather in Paris and in Rome?"}
+    calls = [{"name": "get_weather", "arguments": json.dumps({"city": city})} for city in ("Paris", "Rome")]
+    options = dict(model="demo", temperature=0)
+    chat = by_chat(chats, **options, messages=[
+        asked, {"role": "assistant", "content": told, "tool_calls": [
+            {"id": f"call_{at}", "type": "function", "function": call} for at, call in enumerate(calls)]},
+        *({"role": "tool", "tool_call_id": f"call_{at}", "content": json.dumps(seen)} for at, seen in enumerate(rain))])
+    response = by_response(chats, False, **options, input=[
+        asked, {"role": "assistant", "content": told},
+        *({"type": "function_call", "call_id": f"call_{at}", **call} for at, call in enumerate(calls)),
+        *({"type": "function_call_output", "call_id": f"call_{at}", "output": json.dumps(seen)}
+          for at, seen in enumerate(rain))])
+    message = by_message(messages, False, model="demo", max_tokens=99, extra_body={"temperature": 0}, messages=[
+        asked, {"role": "assistant", "content": [{"type": "text", "text": told}, *(
+            {"type": "tool_use", "id": f"call_{at}", "name": call["name"], "input": json.loads(call["arguments"])}
+            for at, call in enumerate(calls))]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": f"call_{at}", "content": json.dumps(seen)}
+                                     for at, seen in enumerate(rain)]}])
+    assert chat[:3] == response[:3] == message[:3]
+
+
 def test_forced_calls_and_formats_are_guaranteed_in_each(chats, messages, tiny_server):
     with client_of(tiny_server) as client:
         calls = [by_response(client, stream, model="llama3-tied", input="Hi", temperature=1.5, max_output_tokens=400,
@@ -286,7 +309,9 @@ def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, n
     ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "more": 1}]}]},
      "input[0].content[0].more"),
     ({"instructions": "Be kind.", "input": [{"type": "function_call", "name": "f", "arguments": "["}]},
-     "input[0].tool_calls[0].arguments"),
+     "input[0].arguments"),
+    ({"input": [HELLO, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+                {"type": "function_call", "call_id": "b", "arguments": "{}"}]}, "input[2]"),
     ({"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ({"input": "Hi", "tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
     ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
