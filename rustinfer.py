@@ -4624,7 +4624,7 @@ PART_FIELDS = {f.name: f for f in (
     Field("type", "string"), Field("text", "string"), Field("prompt_cache_breakpoint", "unsupported"))}
 
 
-def parse_content(content: Any, where: str) -> str:
+def parse_content(content: Any, where: str, kinds: Seq[str] = ("text",), fields: dict[str, Field] = PART_FIELDS) -> str:
     """A string, or text parts joined by line breaks."""
     if isinstance(content, str):
         return content
@@ -4633,10 +4633,10 @@ def parse_content(content: Any, where: str) -> str:
     texts = []
     for index, part in enumerate(content):
         place, kind = f"{where}[{index}]", part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            raise APIError(f"{place}.type is {shorten(kind)}; text is supported", f"{place}.type",
+        if kind not in kinds:
+            raise APIError(f"{place}.type is {shorten(kind)}; {' or '.join(kinds)} is supported", f"{place}.type",
                            code="unsupported_value")
-        text = check_fields(part, PART_FIELDS, f"{place}.").get("text")
+        text = check_fields(part, fields, f"{place}.").get("text")
         if text is None:
             raise InvalidTypeError(f"{place}.text is missing; a string is expected", f"{place}.text")
         texts.append(text)
@@ -5394,6 +5394,7 @@ ITEM_FIELDS = {  # by type; of what an answer gave, ids and statuses come back a
         Field("type", "string"), Field("call_id", "string"), Field("output", "any"), Field("id", "string"),
         Field("name", "string"), Field("status", "string"), Field("namespace", "unsupported"),
         Field("caller", "unsupported"))}}
+TEXT_PART_FIELDS = {**PART_FIELDS, "annotations": Field("annotations", "any"), "logprobs": Field("logprobs", "any")}
 RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
@@ -5426,23 +5427,6 @@ def translated(chat: dict, defaults: SamplingParams, renamed: dict[str, str]) ->
     return dataclasses.replace(request, structure=structure)
 
 
-def plain_parts(content: Any, kinds: Seq[str], where: str, extra: Iterable[str] = ()) -> Any:
-    """Text parts of a dialect as the chat route's; anything else is left for its checks."""
-    if not isinstance(content, list):
-        return content
-    parts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            raise APIError(f"{where}[{index}].type is {shorten(kind)}; {' and '.join(kinds)} are supported",
-                           f"{where}[{index}].type", code="unsupported_value")
-        if unknown := set(part) - {"type", "text", *extra}:
-            name = f"{where}[{index}].{shorten(min(unknown))}"
-            raise UnsupportedError(f"{name} is not a parameter that this server knows", name)
-        parts.append({"type": "text", "text": part.get("text")})
-    return parts
-
-
 def item_message(item: Any, where: str) -> dict:
     """One input item as a chat message."""
     kind = item.get("type", "message") if isinstance(item, dict) else None
@@ -5454,11 +5438,12 @@ def item_message(item: Any, where: str) -> dict:
         function = {name: given.get(name) for name in ("name", "arguments")}
         call = {"id": given.get("call_id", ""), "type": "function", "function": function}
         return {"role": "assistant", "tool_calls": [call]}
-    parts = functools.partial(plain_parts, kinds=("input_text", "output_text"), extra=("annotations", "logprobs"))
-    if kind == "function_call_output":
-        named = {name: given[key] for name, key in (("tool_call_id", "call_id"), ("name", "name")) if key in given}
-        return {"role": "tool", **named, "content": parts(given.get("output"), where=where + ".output")}
-    return {"role": given.get("role"), "content": parts(given.get("content"), where=where + ".content")}
+    place = "output" if kind == "function_call_output" else "content"
+    text = parse_content(given.get(place), f"{where}.{place}", ("input_text", "output_text"), TEXT_PART_FIELDS)
+    if kind == "message":
+        return {"role": given.get("role"), "content": text}
+    named = {name: given[key] for name, key in (("tool_call_id", "call_id"), ("name", "name")) if key in given}
+    return {"role": "tool", **named, "content": text}
 
 
 def input_messages(given: dict) -> tuple[list[dict], dict[str, str]]:

@@ -292,6 +292,13 @@ def test_a_value_of_a_response_that_is_not_kept_is_refused_by_name(demo_server, 
         assert post(demo_server, "/v1/responses", {"input": "Hi", "max_output_tokens": 1, name: None})[0] == 200
 
 
+def test_values_that_ask_for_nothing_are_taken_in_parts_of_a_response(demo_server):
+    nothing = {"prompt_cache_breakpoint": None, "annotations": [], "logprobs": None}
+    status, body = post(demo_server, "/v1/responses", {"max_output_tokens": 1, "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "Hi", **nothing}]}]})
+    assert status == 200, body
+
+
 @pytest.mark.parametrize("name", MESSAGE_REFUSED)
 @pytest.mark.parametrize("path", ["/v1/messages", "/v1/messages/count_tokens"])
 def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, name, path):
@@ -308,6 +315,11 @@ def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, n
     ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
     ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "more": 1}]}]},
      "input[0].content[0].more"),
+    ({"input": [{"role": "user", "content": [{"type": "input_text", "text": "x", "prompt_cache_breakpoint": {
+        "mode": "explicit"}}]}]}, "input[0].content[0].prompt_cache_breakpoint"),
+    ({"input": [HELLO, {"type": "function_call_output", "call_id": "a"}]}, "input[1].output"),
+    ({"input": [HELLO, {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_file"}]}]},
+     "input[1].output[0].type"),
     ({"instructions": "Be kind.", "input": [{"type": "function_call", "name": "f", "arguments": "["}]},
      "input[0].arguments"),
     ({"input": [HELLO, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
