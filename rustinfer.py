@@ -5540,6 +5540,7 @@ class ResponseReply(Reply):
         self._values, self._params, self._stream = values, request.params, ToolStream(request.calls)
         self._number, self._output = 0, []  # events so far; items, the last one may be growing
         self._message: dict | None = None
+        self._held: list[dict] = []  # log-probabilities of tokens before the message
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         self._number += 1
@@ -5568,11 +5569,11 @@ class ResponseReply(Reply):
 
     def _text(self, text: str, tokens: Seq[Sampled] = ()) -> bytes:
         answer = self.group.places[0]
-        entries = answer.logprob_entries(answer.shown(tokens)) if answer.wants_logprobs else []
-        if not text and not entries:
+        self._held += answer.logprob_entries(answer.shown(tokens)) if answer.wants_logprobs else []
+        if not text and not (self._message and self._held):  # of what may be a call nothing is shown
             return b""
         events = b"" if self._message else self._open()
-        part = self._message["content"][0]
+        part, entries, self._held = self._message["content"][0], self._held, []
         part["text"] += text
         part["logprobs"] += entries
         return events + self._event("response.output_text.delta", **self._place(), content_index=0, delta=text,
@@ -5596,7 +5597,7 @@ class ResponseReply(Reply):
         rest, calls = self._stream.finish()
         events = self._text(rest)
         if not self._message and not calls:
-            events += self._open()
+            events += self._open() + self._text("")
         status = "incomplete" if self.group.places[0].finish_reason == "length" and not calls else "completed"
         if self._message:
             events += self._close(status)

@@ -231,6 +231,21 @@ def test_logprobs_of_a_response_are_those_of_the_chat(chats):
     assert [top.logprob for top in whole[0].top_logprobs] == [top.logprob for top in chat[0].top_logprobs]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_a_call_are_no_message(chats, stream):
+    found = by_response(chats, stream, model="demo", input="What is the weather in Paris?", temperature=0,
+                        tools=[RESPONSE_TOOL], include=["message.output_text.logprobs"])[4]
+    assert [item.type for item in found.output] == ["function_call"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_of_held_text_come_with_it(chats, stream):
+    options = dict(model="demo", temperature=0, tools=[RESPONSE_TOOL], include=["message.output_text.logprobs"])
+    cut = by_response(chats, stream, input="What is the weather in Paris?", max_output_tokens=8, **options)[4]
+    (part,), = [item.content for item in cut.output]
+    assert part.text.startswith('{"name"') and "".join(entry.token for entry in part.logprobs) == part.text
+
+
 def test_sequence_numbers_count_and_ids_stay(demo_server):
     status, body = post(demo_server, "/v1/responses", {"input": "What is the weather in Paris?", "stream": True,
                                                        "temperature": 0, "tools": [RESPONSE_TOOL]})
