@@ -5364,6 +5364,7 @@ class CompletionReply(ChunkReply):
 
 PASSED_OVER = ("model", "stream", "metadata", "user", "parallel_tool_calls", "top_logprobs", "logit_bias",
                "structured_outputs", *PASSED_ON)  # fields that mean the same in every dialect
+NO_REASONING = {"effort": None, "summary": None}  # as every response says
 RESPONSE_FIELDS = {**{name: CHAT_FIELDS[name] for name in PASSED_OVER}, **{f.name: f for f in (
     Field("input", "any", neutral=()),
     Field("instructions", "string"),
@@ -5377,7 +5378,7 @@ RESPONSE_FIELDS = {**{name: CHAT_FIELDS[name] for name in PASSED_OVER}, **{f.nam
     Field("background", "unsupported", neutral=(None, False)),
     Field("truncation", "unsupported", neutral=(None, "disabled")),
     Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
-    Field("reasoning", "unsupported", neutral=(None, {}, {"effort": "none"}, {"effort": None})),
+    Field("reasoning", "unsupported", neutral=(None, {}, {"effort": "none"}, {"effort": None}, NO_REASONING)),
     *(Field(name, "unsupported") for name in (
         "previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management", "moderation", "image",
         "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "access_programs",
@@ -5398,6 +5399,8 @@ TEXT_PART_FIELDS = {**PART_FIELDS, "annotations": Field("annotations", "any"), "
 RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
+NAMED_TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("name", "string"))}
+ALLOWED_TOOLS_FIELDS = {**ALLOWED_FIELDS, "type": Field("type", "string")}
 TEXT_FIELDS = {f.name: f for f in (
     Field("format", "object", neutral=(None, {"type": "text"})),
     Field("verbosity", "unsupported", neutral=(None, "medium")))}
@@ -5484,17 +5487,16 @@ def nested_tools(tools: list) -> list[dict]:
     return nested
 
 
-def nested_choice(choice: Any) -> Any:
-    """tool_choice as the chat route has it."""
-    if not isinstance(choice, dict):
+def nested_choice(choice: Any, where: str = "tool_choice") -> Any:
+    """tool_choice, or a tool that it allows, as the chat route has it."""
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "allowed_tools":
+        given = check_fields(choice, ALLOWED_TOOLS_FIELDS, where + ".")
+        tools = [nested_choice(tool, f"{where}.tools[{index}]") for index, tool in enumerate(given.get("tools", ()))]
+        return {"type": kind, "allowed_tools": {"mode": given.get("mode"), "tools": tools}}
+    if kind != "function":
         return choice
-    nest = lambda one: {"type": "function", "function": {"name": one.get("name")}} if isinstance(one, dict) and one.get(
-        "type") == "function" else one
-    if choice.get("type") == "allowed_tools":
-        tools = choice.get("tools")
-        return {"type": "allowed_tools", "allowed_tools": {
-            "mode": choice.get("mode"), "tools": [nest(one) for one in tools] if isinstance(tools, list) else tools}}
-    return nest(choice)
+    return {"type": kind, "function": {"name": check_fields(choice, NAMED_TOOL_FIELDS, where + ".").get("name")}}
 
 
 def response_format(given: dict) -> dict:
@@ -5553,7 +5555,7 @@ class ResponseReply(Reply):
             "id": self.id, "object": "response", "created_at": self.created, "status": status, "model": self.model,
             "output": self._output, "usage": usage, "error": None, "incomplete_details": reason, "store": False,
             "background": False, "previous_response_id": None, "truncation": "disabled", "service_tier": "default",
-            "reasoning": {"effort": None, "summary": None}, "temperature": self._params.temperature,
+            "reasoning": NO_REASONING, "temperature": self._params.temperature,
             "top_p": self._params.top_p, "top_logprobs": given.get("top_logprobs") or 0,
             "tool_choice": given.get("tool_choice") or "auto", "tools": given.get("tools") or [],
             "text": given.get("text") or {"format": {"type": "text"}}, "metadata": given.get("metadata") or {},

@@ -280,6 +280,8 @@ MESSAGE_REFUSED = {
     "tool_choice": {"type": "some"}, "tools": [{"type": "bash_20250124", "name": "bash"}], "temperature": 1.5,
     "top_k": -1, "top_p": 2, "mcp_servers": [{}], "context_management": {"edits": []}}
 HELLO = {"role": "user", "content": "Hi"}
+NAMED = {"type": "function", "name": "get_weather"}
+ALLOWED = {"type": "allowed_tools", "mode": "auto"}
 
 
 def names_of(module, name):
@@ -307,9 +309,10 @@ def test_a_value_of_a_response_that_is_not_kept_is_refused_by_name(demo_server, 
         assert post(demo_server, "/v1/responses", {"input": "Hi", "max_output_tokens": 1, name: None})[0] == 200
 
 
-def test_values_that_ask_for_nothing_are_taken_in_parts_of_a_response(demo_server):
+def test_values_that_ask_for_nothing_are_taken_within_a_response(demo_server):
     nothing = {"prompt_cache_breakpoint": None, "annotations": [], "logprobs": None}
-    status, body = post(demo_server, "/v1/responses", {"max_output_tokens": 1, "input": [
+    status, body = post(demo_server, "/v1/responses", {"max_output_tokens": 1, "reasoning": {
+        "effort": None, "summary": None}, "input": [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi", **nothing}]}]})
     assert status == 200, body
 
@@ -342,6 +345,13 @@ def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, n
     ({"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ({"input": "Hi", "tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
     ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
+    ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**NAMED, "more": 1}}, "tool_choice.more"),
+    ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**ALLOWED, "tools": [NAMED], "more": 1}},
+     "tool_choice.more"),
+    ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**ALLOWED, "tools": [{**NAMED, "more": 1}]}},
+     "tool_choice.tools[0].more"),
+    ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**ALLOWED, "tools": "all"}}, "tool_choice.tools"),
+    ({"input": "Hi", "reasoning": {"effort": None, "summary": "auto"}}, "reasoning"),
     ({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
     ({"input": "Hi", "text": {"format": {"type": "grammar"}}}, "text.format.type"),
     ({"input": "Hi", "text": {"format": {"type": "json_object", "name": "x"}}}, "text.format.name"),
