@@ -5409,12 +5409,11 @@ STREAM_FIELDS = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
 
-def own_name(param: str | None, renamed: dict[str, str]) -> str | None:
-    """The field of the request that came for one of the chat request it became: the longest name that fits counts."""
-    for inner in sorted(renamed, key=len, reverse=True):
-        if param and re.match(re.escape(inner) + r"(?!\w)", param):
-            return renamed[inner] + param[len(inner) :].replace(".function", "")
-    return param
+def own_names(text: str, renamed: dict[str, str]) -> str:
+    """A text about fields of a chat request, by the names that they came with: the longest that fits counts."""
+    inner = "|".join(map(re.escape, sorted(renamed, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w.])({inner})(?!\w)([\w.\[\]]*)",
+                  lambda match: renamed[match[1]] + match[2].replace(".function", ""), text)
 
 
 def translated(chat: dict, defaults: SamplingParams, renamed: dict[str, str]) -> GenerationRequest:
@@ -5422,11 +5421,10 @@ def translated(chat: dict, defaults: SamplingParams, renamed: dict[str, str]) ->
     try:
         request = parse_chat(chat, defaults)
     except APIError as error:
-        param = own_name(error.param, renamed)
-        error.args = (str(error).replace(error.param or "\n", param or ""),)
-        error.param = param
+        error.args = (own_names(str(error), renamed),)
+        error.param = error.param and own_names(error.param, renamed)
         raise
-    structure = request.structure and request.structure._replace(param=own_name(request.structure.param, renamed))
+    structure = request.structure and request.structure._replace(param=own_names(request.structure.param, renamed))
     return dataclasses.replace(request, structure=structure)
 
 
@@ -5528,7 +5526,7 @@ def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
     chat |= {"tool_choice": nested_choice(given["tool_choice"])} if "tool_choice" in given else {}
     chat |= {"logprobs": True} if given.get("include") else {}
     renamed |= {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
-                "response_format.json_schema": "text.format"}
+                "response_format.json_schema": "text.format", "logprobs: true": f"include: {LOGPROBS_INCLUDED}"}
     return translated(chat, defaults, renamed)
 
 
@@ -5846,7 +5844,10 @@ def parse_message(values: dict, defaults: SamplingParams, fields: dict[str, Fiel
     wanted = check_fields(given.get("output_config", {}), OUTPUT_FIELDS, "output_config.").get("format")
     if wanted is not None:
         schema = check_fields(wanted, MESSAGE_FORMAT_FIELDS, "output_config.format.")
-        chat["response_format"] = {"type": schema.pop("type", None), "json_schema": {"name": "answer", **schema}}
+        if (kind := schema.pop("type", None)) != "json_schema":
+            raise APIError(f"output_config.format.type is {shorten(kind)}; json_schema is supported",
+                           "output_config.format.type", code="unsupported_value")
+        chat["response_format"] = {"type": kind, "json_schema": {"name": "answer", **schema}}
     user = check_fields(given.get("metadata", {}), {"user_id": Field("user_id", "string")}, "metadata.")
     chat |= {"user": user["user_id"]} if user else {}
     renamed = {"tools": "tools", "response_format": "output_config.format", "stop": "stop_sequences",

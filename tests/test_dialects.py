@@ -385,6 +385,23 @@ def test_errors_about_a_message_name_its_own_fields(demo_server, fields, param):
     assert (status, body["error"]["param"]) == (400, param), body
 
 
+@pytest.mark.parametrize("path, fields, text", [
+    ("/v1/responses", {"top_logprobs": 2}, "top_logprobs is allowed only with include: message.output_text.logprobs"),
+    ("/v1/responses", {"min_tokens": 3, "max_output_tokens": 2}, "min_tokens is 3 and max_output_tokens 2"),
+    ("/v1/responses", {"tools": [RESPONSE_TOOL], "tool_choice": "required", "text": {
+        "format": {"type": "json_object"}}}, "tool_choice is not allowed together with text.format"),
+    ("/v1/messages", {"tools": [MESSAGE_TOOL], "tool_choice": {"type": "any"}, "output_config": {"format": {
+        "type": "json_schema", "schema": {}}}}, "tool_choice is not allowed together with output_config.format"),
+    ("/v1/messages", {"output_config": {"format": {"type": "json_object"}}},
+     "output_config.format.type is json_object; json_schema is supported"),
+    ("/v1/messages", {"stop_sequences": [""]}, "stop_sequences may hold 16 strings"),
+])
+def test_errors_speak_of_no_field_that_the_dialect_lacks(demo_server, path, fields, text):
+    asked = {"input": "Hi"} if path == "/v1/responses" else {"messages": [HELLO], "max_tokens": 2}
+    status, body = post(demo_server, path, {**asked, **fields})
+    assert status == 400 and body["error"]["message"].startswith(text), body
+
+
 # -- errors
 
 
