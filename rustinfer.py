@@ -5678,10 +5678,10 @@ COUNT_FIELDS = {name: field for name, field in MESSAGES_FIELDS.items() if name i
 TURN_FIELDS = {f.name: f for f in (Field("role", "string"), Field("content", "any"))}
 BLOCK_FIELDS = {  # by type
     "text": {f.name: f for f in (
-        Field("type", "string"), Field("text", "string"), CACHE_CONTROL,
+        Field("type", "string"), Field("text", "string", neutral=()), CACHE_CONTROL,
         Field("citations", "unsupported", neutral=(None, [])))},
     "tool_use": {f.name: f for f in (
-        Field("type", "string"), Field("id", "string"), Field("name", "string"), Field("input", "object"),
+        Field("type", "string"), Field("id", "string"), Field("name", "string", neutral=()), Field("input", "object"),
         CACHE_CONTROL, Field("caller", "unsupported", neutral=(None, {"type": "direct"})),
         Field("toolset_name", "unsupported"))},
     "tool_result": {f.name: f for f in (
@@ -5726,6 +5726,8 @@ def check_block(block: Any, kinds: Seq[str], where: str) -> tuple[str, dict]:
         raise APIError(f"{where}.type is {shorten(kind)}; {', '.join(kinds)} are supported here", f"{where}.type",
                        code="unsupported_value")
     given = check_fields(block, BLOCK_FIELDS[kind], where + ".")
+    for name in [name for name, field in BLOCK_FIELDS[kind].items() if field.neutral == () and name not in given]:
+        raise InvalidTypeError(f"{where}.{name} is missing", f"{where}.{name}")
     check_control(given, where + ".")
     return kind, given
 
@@ -5742,10 +5744,7 @@ def blocks_of(content: Any, kinds: Seq[str], where: str) -> list[tuple[str, dict
 
 def joined_text(content: Any, where: str) -> str:
     """Text blocks as one string."""
-    texts = [given.get("text") for _, given, _ in blocks_of(content, ("text",), where)]
-    if not all(isinstance(text, str) for text in texts):
-        raise InvalidTypeError(f"{where} must hold text", where)
-    return "\n".join(texts)
+    return "\n".join(given["text"] for _, given, _ in blocks_of(content, ("text",), where))
 
 
 def user_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
@@ -5753,7 +5752,7 @@ def user_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
     messages = []
     for kind, given, where in blocks:
         if kind == "text":
-            messages.append({"role": "user", "content": joined_text([{"type": "text", **given}], where)})
+            messages.append({"role": "user", "content": given["text"]})
         else:
             text = joined_text(given.get("content", ""), where + ".content")
             failed = "Error: " if given.get("is_error") else ""
@@ -5763,7 +5762,7 @@ def user_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
 
 def assistant_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
     """Text and calls as one message."""
-    text = "\n".join(joined_text([{"type": "text", **given}], where) for kind, given, where in blocks if kind == "text")
+    text = "\n".join(given["text"] for kind, given, _ in blocks if kind == "text")
     calls = [{"id": given.get("id", ""), "type": "function", "function": {
         "name": given.get("name"), "arguments": json.dumps(given.get("input", {}))}}
         for kind, given, _ in blocks if kind == "tool_use"]
@@ -7425,11 +7424,20 @@ class Server:
         values.pop("api_key", None)
         self._answer_chat(handler, llm, parse_chat(values, llm.default_params))
 
+    def _encode(self, handler: RequestHandler, llm: LLM, request: GenerationRequest, param: str) -> list[int]:
+        """The prompt that a conversation is; what the template says against it names a field that the route has."""
+        try:
+            return llm.template.encode(**request.conversation)
+        except APIError as error:
+            if (error.param or "").split(".")[0] not in self.FIELDS[handler.http.path]:
+                error.param = param
+            raise
+
     def _answer_chat(self, handler: RequestHandler, llm: LLM, request: GenerationRequest) -> None:
         self._check_model(llm, request.model)
         if handler.http.method == "HEAD":
             return handler.respond(200, b"", "text/event-stream; charset=utf-8")
-        prompt = llm.template.encode(**request.conversation)
+        prompt = self._encode(handler, llm, request, "messages")
         reply = functools.partial(ChatReply, include_usage=request.include_usage, calls=request.calls)
         self._generate(handler, llm, request, [prompt], "messages", reply)
 
@@ -7438,19 +7446,19 @@ class Server:
         values = handler.read_json()
         request = parse_response(values, llm.default_params)
         self._check_model(llm, request.model)
-        prompt = llm.template.encode(**request.conversation)
+        prompt = self._encode(handler, llm, request, "input")
         reply = functools.partial(ResponseReply, values=values, request=request)
         self._generate(handler, llm, request, [prompt], "input", reply)
 
     def _messages(self, handler: RequestHandler) -> None:
         llm, request = self._read_message(handler, MESSAGES_FIELDS)
-        prompt = llm.template.encode(**request.conversation)
+        prompt = self._encode(handler, llm, request, "messages")
         reply = functools.partial(MessageReply, calls=request.calls)
         self._generate(handler, llm, request, [prompt], "messages", reply)
 
     def _count_tokens(self, handler: RequestHandler) -> None:
         llm, request = self._read_message(handler, COUNT_FIELDS)
-        handler.respond_json({"input_tokens": len(llm.template.encode(**request.conversation))})
+        handler.respond_json({"input_tokens": len(self._encode(handler, llm, request, "messages"))})
 
     def _read_message(self, handler: RequestHandler, fields: dict[str, Field]) -> tuple[LLM, GenerationRequest]:
         llm, version = self._ready_llm(), handler.http.headers.get("anthropic-version", "2023-06-01")

@@ -375,6 +375,9 @@ def test_errors_about_a_response_name_its_own_fields(demo_server, fields, param)
      "messages[0].content[0].type"),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "x"}}]}]},
      "messages[0].content[0].cache_control"),
+    ({"messages": [HELLO, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "input": {}}]}]},
+     "messages[1].content[0].name"),
+    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
     ({"tools": [MESSAGE_TOOL], "tool_choice": {"type": "tool", "name": "other"}}, "tool_choice"),
     ({"tools": [MESSAGE_TOOL], "tool_choice": {"type": "tool"}}, "tool_choice"),
@@ -400,6 +403,15 @@ def test_errors_speak_of_no_field_that_the_dialect_lacks(demo_server, path, fiel
     asked = {"input": "Hi"} if path == "/v1/responses" else {"messages": [HELLO], "max_tokens": 2}
     status, body = post(demo_server, path, {**asked, **fields})
     assert status == 400 and body["error"]["message"].startswith(text), body
+
+
+@pytest.mark.parametrize("path, body, param", [
+    ("/v1/responses", {"input": [HELLO, *[{"type": "function_call", "name": "f", "arguments": "{}"}] * 2]}, "input"),
+    ("/v1/messages/count_tokens", {"messages": [HELLO, {"role": "assistant", "content": [
+        {"type": "tool_use", "id": id_, "name": "f", "input": {}} for id_ in "ab"]}]}, "messages")])
+def test_what_the_template_refuses_is_named_as_the_dialect_does(tiny_server, path, body, param):
+    status, body = post(tiny_server, path, body)
+    assert status == 400 and body["error"]["param"] == param and "one tool call at a time" in body["error"]["message"]
 
 
 # -- errors
