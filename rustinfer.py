@@ -5671,7 +5671,7 @@ MESSAGES_FIELDS = {f.name: f for f in (
     Field("speed", "unsupported", neutral=(None, "standard")),
     *(Field(name, "unsupported") for name in (
         "container", "diagnostics", "inference_geo", "user_profile_id", "workspace_id", "mcp_servers",
-        "context_management")))}
+        "context_management", "thread")))}
 COUNT_FIELDS = {name: field for name, field in MESSAGES_FIELDS.items() if name in (
     "model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control", "speed",
     "user_profile_id", "workspace_id", "mcp_servers", "context_management")}
@@ -5707,8 +5707,10 @@ MESSAGE_ERRORS = {  # Anthropic's names of errors, by status
 def message_error(error: APIError, request_id: str) -> dict:
     """An error's body as Anthropic's clients parse it."""
     kind = MESSAGE_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": str(error), "param": error.param, "code": error.code},
-            "request_id": request_id}
+    body = {"type": kind, "message": str(error), "param": error.param, "code": error.code}
+    if error.param == "thread":  # the SDK's tool runner then sends the whole conversation each time
+        body["details"] = {"error_code": "thread_unsupported_request"}
+    return {"type": "error", "error": body, "request_id": request_id}
 
 
 def check_control(given: dict, prefix: str) -> None:

@@ -119,6 +119,19 @@ def test_a_round_trip_with_a_tool_goes_alike(chats, messages, stream):
     assert chat[:3] == response[:3] == message[:3] and "rainy" in chat[0]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner_of_the_sdk_needs_no_thread(messages, stream):
+    @anthropic.beta_tool(name="get_weather", description=ABOUT, input_schema=WEATHER)
+    def get_weather(city):
+        return RAIN
+
+    turns = messages.beta.messages.tool_runner(
+        model="demo", max_tokens=99, extra_body={"temperature": 0}, tools=[get_weather], stream=stream,
+        messages=[{"role": "user", "content": "What is the weather in Paris?"}])
+    found = [turn.get_final_message() if stream else turn for turn in turns]
+    assert [turn.stop_reason for turn in found] == ["tool_use", "end_turn"] and "rainy" in found[1].content[0].text
+
+
 def test_a_turn_of_text_and_calls_is_one_in_each(chats, messages):
     told, rain = "Let me look.", [{"weather": "rainy"}, {"weather": "dry"}]
     asked = {"role": "user", "content": "What is the weather in Paris and in Rome?"}
@@ -278,7 +291,7 @@ MESSAGE_REFUSED = {
     "thinking": {"type": "enabled", "budget_tokens": 1024}, "user_profile_id": "u", "workspace_id": "w",
     "max_tokens": 0, "messages": [], "model": "other", "stop_sequences": [5], "system": 5, "stream": 1,
     "tool_choice": {"type": "some"}, "tools": [{"type": "bash_20250124", "name": "bash"}], "temperature": 1.5,
-    "top_k": -1, "top_p": 2, "mcp_servers": [{}], "context_management": {"edits": []}}
+    "top_k": -1, "top_p": 2, "mcp_servers": [{}], "context_management": {"edits": []}, "thread": {"type": "create"}}
 HELLO = {"role": "user", "content": "Hi"}
 NAMED = {"type": "function", "name": "get_weather"}
 ALLOWED = {"type": "allowed_tools", "mode": "auto"}
