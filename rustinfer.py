@@ -6543,7 +6543,7 @@ MAX_UNSENT = 32 << 10  # bytes that the system takes from us before the client t
 STALL_TIME = 0.2  # seconds without room for more until a client counts as not reading
 PING_INTERVAL = 5.0  # seconds of silence before an open stream gets a comment
 PLACE_INTERVAL = 1.0  # seconds between two comments that tell a waiting stream its place in the queue
-EXPOSED_HEADERS = ", ".join(["x-request-id", "Server-Timing", "Retry-After", *(
+EXPOSED_HEADERS = ", ".join(["x-request-id", "request-id", "Server-Timing", "Retry-After", *(
     f"x-ratelimit-{part}-{what}" for what in ("requests", "tokens") for part in ("limit", "remaining", "reset"))])
 OPEN_PATHS = ("/", "/health", "/ready")  # for everybody, whatever keys are set
 QUIET_PATHS = ("/health", "/ready", "/metrics", "/v1/metrics", "/v1/queue")  # asked every second or so: logged as debug
@@ -6956,12 +6956,17 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 except OSError:
                     raise Disconnected from None
 
+    def _speaks_messages(self) -> bool:
+        """True on a route of Anthropic's dialect, which has errors and the request id's header of its own."""
+        return self.http is not None and self.http.path.startswith("/v1/messages")
+
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
         self.status = status
         keep = self.http is not None and self.http.keep_alive and not self.must_close and self._can_skip_rest()
         keep = keep and not self.server.owner.draining
         self.must_close = not keep
-        every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **headers,
+        own = {"request-id": self.request_id} if self._speaks_messages() else {}
+        every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **own, **headers,
                  **(self.client.headers() if self.client else {}),
                  **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})}
         lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
@@ -6993,8 +6998,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 self.write_stream(self.reply.error_event(error))
                 self.end_stream()
             elif not self.answer_begun:
-                messages = self.http is not None and self.http.path.startswith("/v1/messages")
-                body = message_error(error, self.request_id) if messages else error.body()
+                body = message_error(error, self.request_id) if self._speaks_messages() else error.body()
                 return self.respond_json(body, error.status, error.headers)
         except Disconnected:
             pass

@@ -438,6 +438,9 @@ def test_errors_are_the_sdks_own_classes(demo_server, messages):
         with pytest.raises(kind) as caught:
             messages.messages.create(**{**options, **fields})
         assert caught.value.body["error"]["type"] == name
+        assert caught.value.request_id == caught.value.body["request_id"]
+    assert messages.messages.create(**options)._request_id and messages.messages.count_tokens(
+        model="demo", messages=[HELLO])._request_id
     with pytest.raises(anthropic.BadRequestError):
         with messages.messages.stream(**{**options, "messages": []}) as stream:
             stream.get_final_message()
