@@ -5398,6 +5398,7 @@ ITEM_FIELDS = {  # by type; of what an answer gave, ids and statuses come back a
 TEXT_PART_FIELDS = {**PART_FIELDS, "annotations": Field("annotations", "any"), "logprobs": Field("logprobs", "any")}
 RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
+    Field("async", "unsupported", neutral=(None, False)),
     Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
 NAMED_TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("name", "string"))}
 ALLOWED_TOOLS_FIELDS = {**ALLOWED_FIELDS, "type": Field("type", "string")}

@@ -324,7 +324,8 @@ def test_a_value_of_a_response_that_is_not_kept_is_refused_by_name(demo_server, 
 
 def test_values_that_ask_for_nothing_are_taken_within_a_response(demo_server):
     nothing = {"prompt_cache_breakpoint": None, "annotations": [], "logprobs": None}
-    status, body = post(demo_server, "/v1/responses", {"max_output_tokens": 1, "reasoning": {
+    tool = {**RESPONSE_TOOL, "async": False, "defer_loading": False, "allowed_callers": ["direct"]}
+    status, body = post(demo_server, "/v1/responses", {"max_output_tokens": 1, "tools": [tool], "reasoning": {
         "effort": None, "summary": None}, "input": [
         {"role": "user", "content": [{"type": "input_text", "text": "Hi", **nothing}]}]})
     assert status == 200, body
