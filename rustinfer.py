@@ -4620,27 +4620,32 @@ def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> di
     return checked
 
 
-PART_FIELDS = {f.name: f for f in (
-    Field("type", "string"), Field("text", "string"), Field("prompt_cache_breakpoint", "unsupported"))}
+def check_typed(value: Any, tables: dict[str, dict[str, Field]], where: str, default: str | None = None) -> dict:
+    """The fields of a part, an item, a block or a tool; `tables` has those that it may have, by its type."""
+    kind = None
+    if isinstance(value, dict):
+        kind = default if value.get("type") is None else value["type"]
+    if not isinstance(kind, str) or kind not in tables:
+        raise APIError(f"{where}.type is {shorten(kind)}; {' or '.join(tables)} is supported", f"{where}.type",
+                       code="unsupported_value")
+    given = check_fields({**value, "type": kind}, tables[kind], where + ".")
+    for field in tables[kind].values():
+        if field.neutral == () and field.name not in given:
+            raise InvalidTypeError(f"{where}.{field.name} is missing", f"{where}.{field.name}")
+    return given
 
 
-def parse_content(content: Any, where: str, kinds: Seq[str] = ("text",), fields: dict[str, Field] = PART_FIELDS) -> str:
+PART_FIELDS = {"text": {f.name: f for f in (  # by type
+    Field("type", "string"), Field("text", "string", neutral=()), Field("prompt_cache_breakpoint", "unsupported"))}}
+
+
+def parse_content(content: Any, where: str, tables: dict[str, dict[str, Field]] = PART_FIELDS) -> str:
     """A string, or text parts joined by line breaks."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
         raise InvalidTypeError(f"{where} must be a string or a list of text parts", where)
-    texts = []
-    for index, part in enumerate(content):
-        place, kind = f"{where}[{index}]", part.get("type") if isinstance(part, dict) else None
-        if kind not in kinds:
-            raise APIError(f"{place}.type is {shorten(kind)}; {' or '.join(kinds)} is supported", f"{place}.type",
-                           code="unsupported_value")
-        text = check_fields(part, fields, f"{place}.").get("text")
-        if text is None:
-            raise InvalidTypeError(f"{place}.text is missing; a string is expected", f"{place}.text")
-        texts.append(text)
-    return "\n".join(texts)
+    return "\n".join(check_typed(part, tables, f"{where}[{index}]")["text"] for index, part in enumerate(content))
 
 
 MESSAGE_FIELDS = {f.name: f for f in (
@@ -5365,37 +5370,36 @@ class CompletionReply(ChunkReply):
 PASSED_OVER = ("model", "stream", "metadata", "user", "parallel_tool_calls", "top_logprobs", "logit_bias",
                "structured_outputs", *PASSED_ON)  # fields that mean the same in every dialect
 NO_REASONING = {"effort": None, "summary": None}  # as every response says
-RESPONSE_FIELDS = {**{name: CHAT_FIELDS[name] for name in PASSED_OVER}, **{f.name: f for f in (
+RESPONSE_FIELDS = {name: CHAT_FIELDS[name] for name in (
+    *PASSED_OVER, "stream_options", "tools", "tool_choice", "store", "service_tier", "moderation", "prompt_cache_key",
+    "prompt_cache_retention", "safety_identifier")}
+RESPONSE_FIELDS |= {f.name: f for f in (
     Field("input", "any", neutral=()),
     Field("instructions", "string"),
     Field("max_output_tokens", "integer", 1, 1 << 31),
     Field("include", "array", 0, 16),
     Field("text", "object"),
-    Field("tools", "array", 0, MAX_TOOLS),
-    Field("tool_choice", "any"),
-    Field("stream_options", "object"),
-    Field("store", "unsupported", neutral=(None, False)),
     Field("background", "unsupported", neutral=(None, False)),
     Field("truncation", "unsupported", neutral=(None, "disabled")),
-    Field("service_tier", "unsupported", neutral=(None, "auto", "default")),
     Field("reasoning", "unsupported", neutral=(None, {}, {"effort": "none"}, {"effort": None}, NO_REASONING)),
     *(Field(name, "unsupported") for name in (
-        "previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management", "moderation", "image",
-        "prompt_cache_key", "prompt_cache_retention", "prompt_cache_options", "safety_identifier", "access_programs",
-        "background_options", "prompt_cache_diagnostics")))}}
+        "previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management", "image",
+        "prompt_cache_options", "access_programs", "background_options", "prompt_cache_diagnostics")))}
 ITEM_FIELDS = {  # by type; of what an answer gave, ids and statuses come back and mean nothing here
     "message": {f.name: f for f in (
-        Field("type", "string"), Field("role", "string"), Field("content", "any"), Field("id", "string"),
+        Field("type", "string"), Field("role", "string"), Field("content", "any", neutral=()), Field("id", "string"),
         Field("status", "string"), Field("phase", "unsupported"))},
     "function_call": {f.name: f for f in (
-        Field("type", "string"), Field("call_id", "string"), Field("name", "string"), Field("arguments", "string"),
-        Field("id", "string"), Field("status", "string"), Field("namespace", "unsupported"),
-        Field("caller", "unsupported"), Field("async", "unsupported", neutral=(None, False)))},
+        Field("type", "string"), Field("call_id", "string"), Field("name", "string", neutral=()),
+        Field("arguments", "string", neutral=()), Field("id", "string"), Field("status", "string"),
+        Field("namespace", "unsupported"), Field("caller", "unsupported"),
+        Field("async", "unsupported", neutral=(None, False)))},
     "function_call_output": {f.name: f for f in (
-        Field("type", "string"), Field("call_id", "string"), Field("output", "any"), Field("id", "string"),
+        Field("type", "string"), Field("call_id", "string"), Field("output", "any", neutral=()), Field("id", "string"),
         Field("name", "string"), Field("status", "string"), Field("namespace", "unsupported"),
         Field("caller", "unsupported"))}}
-TEXT_PART_FIELDS = {**PART_FIELDS, "annotations": Field("annotations", "any"), "logprobs": Field("logprobs", "any")}
+TEXT_PART_FIELDS = dict.fromkeys(("input_text", "output_text"), {
+    **PART_FIELDS["text"], "annotations": Field("annotations", "any"), "logprobs": Field("logprobs", "any")})
 RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("async", "unsupported", neutral=(None, False)),
@@ -5431,17 +5435,14 @@ def translated(chat: dict, defaults: SamplingParams, renamed: dict[str, str]) ->
 
 def item_message(item: Any, where: str) -> dict:
     """One input item as a chat message."""
-    kind = item.get("type", "message") if isinstance(item, dict) else None
-    if not isinstance(kind, str) or kind not in ITEM_FIELDS:
-        raise APIError(f"{where}.type is {shorten(kind)}; {', '.join(ITEM_FIELDS)} are supported", f"{where}.type",
-                       code="unsupported_value")
-    given = check_fields(item, ITEM_FIELDS[kind], where + ".")
+    given = check_typed(item, ITEM_FIELDS, where, "message")
+    kind = given["type"]
     if kind == "function_call":
-        function = {name: given.get(name) for name in ("name", "arguments")}
-        call = {"id": given.get("call_id", ""), "type": "function", "function": function}
-        return {"role": "assistant", "tool_calls": [call]}
+        function = {name: given[name] for name in ("name", "arguments")}
+        return {"role": "assistant", "tool_calls": [
+            {"id": given.get("call_id", ""), "type": "function", "function": function}]}
     place = "output" if kind == "function_call_output" else "content"
-    text = parse_content(given.get(place), f"{where}.{place}", ("input_text", "output_text"), TEXT_PART_FIELDS)
+    text = parse_content(given[place], f"{where}.{place}", TEXT_PART_FIELDS)
     if kind == "message":
         return {"role": given.get("role"), "content": text}
     named = {name: given[key] for name, key in (("tool_call_id", "call_id"), ("name", "name")) if key in given}
@@ -5473,14 +5474,11 @@ def input_messages(given: dict) -> tuple[list[dict], dict[str, str]]:
     return messages, renamed
 
 
-def nested_tools(tools: list) -> list[dict]:
-    """Function tools as the chat route has them."""
+def nested_tools(tools: list, tables: dict[str, dict[str, Field]], default: str | None = None) -> list[dict]:
+    """Tools of a dialect as the chat route has them."""
     nested = []
     for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if not isinstance(tool, dict) or tool.get("type") != "function":
-            raise APIError(f"{where} is {shorten(tool)}; type function is supported", where, code="unsupported_value")
-        function = check_fields(tool, RESPONSE_TOOL_FIELDS, where + ".")
+        function = check_typed(tool, tables, f"tools[{index}]", default)
         del function["type"]
         nested.append({"type": "function", "function": function})
     return nested
@@ -5523,7 +5521,7 @@ def parse_response(values: dict, defaults: SamplingParams) -> GenerationRequest:
     chat = {name: given[name] for name in PASSED_OVER if name in given}
     chat |= {"messages": messages, **response_format(given)}
     chat |= {"max_tokens": given["max_output_tokens"]} if "max_output_tokens" in given else {}
-    chat |= {"tools": nested_tools(given["tools"])} if "tools" in given else {}
+    chat |= {"tools": nested_tools(given["tools"], {"function": RESPONSE_TOOL_FIELDS})} if "tools" in given else {}
     chat |= {"tool_choice": nested_choice(given["tool_choice"])} if "tool_choice" in given else {}
     chat |= {"logprobs": True} if given.get("include") else {}
     renamed |= {"max_tokens": "max_output_tokens", "response_format": "text.format", "tools": "tools",
@@ -5652,19 +5650,14 @@ class ResponseReply(Reply):
 # ==============================================================================
 
 CACHE_CONTROL = Field("cache_control", "object")  # prefixes are cached without being asked
-MESSAGES_FIELDS = {f.name: f for f in (
-    Field("model", "string"),
-    Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
+MESSAGES_FIELDS = {name: CHAT_FIELDS[name] for name in ("model", "messages", "stream", "top_p", "tools", "metadata")}
+MESSAGES_FIELDS |= {f.name: f for f in (
     Field("max_tokens", "integer", 1, 1 << 31, neutral=()),
     Field("system", "any"),
     Field("stop_sequences", "array", 0, MAX_STOPS),
-    Field("stream", "boolean"),
     Field("temperature", "number", 0, 1),
-    Field("top_p", "number", 0, 1, above=True),
     Field("top_k", "integer", 0, 1 << 31),
-    Field("tools", "array", 0, MAX_TOOLS),
     Field("tool_choice", "object"),
-    Field("metadata", "object"),
     Field("output_config", "object"),
     CACHE_CONTROL,
     Field("thinking", "unsupported", neutral=(None, {"type": "disabled"})),
@@ -5689,7 +5682,7 @@ BLOCK_FIELDS = {  # by type
         Field("type", "string"), Field("tool_use_id", "string"), Field("content", "any"), Field("is_error", "boolean"),
         CACHE_CONTROL, Field("toolset_name", "unsupported"))}}
 MESSAGE_TOOL_FIELDS = {f.name: f for f in (
-    Field("type", "string", neutral=(None, "custom")), Field("name", "string"), Field("description", "string"),
+    Field("type", "string"), Field("name", "string"), Field("description", "string"),
     Field("input_schema", "object"), Field("strict", "boolean"), CACHE_CONTROL,
     Field("eager_input_streaming", "unsupported", neutral=(None, False)),
     Field("defer_loading", "unsupported", neutral=(None, False)),
@@ -5722,53 +5715,45 @@ def check_control(given: dict, prefix: str) -> None:
                        prefix + "cache_control", code="unsupported_value")
 
 
-def check_block(block: Any, kinds: Seq[str], where: str) -> tuple[str, dict]:
-    """A content block's type and its fields."""
-    kind = block.get("type") if isinstance(block, dict) else None
-    if kind not in kinds:
-        raise APIError(f"{where}.type is {shorten(kind)}; {', '.join(kinds)} are supported here", f"{where}.type",
-                       code="unsupported_value")
-    given = check_fields(block, BLOCK_FIELDS[kind], where + ".")
-    for name in [name for name, field in BLOCK_FIELDS[kind].items() if field.neutral == () and name not in given]:
-        raise InvalidTypeError(f"{where}.{name} is missing", f"{where}.{name}")
-    check_control(given, where + ".")
-    return kind, given
-
-
-def blocks_of(content: Any, kinds: Seq[str], where: str) -> list[tuple[str, dict, str]]:
-    """Content as blocks: (type, fields, place)."""
+def blocks_of(content: Any, kinds: Seq[str], where: str) -> list[tuple[dict, str]]:
+    """Content as blocks: the fields of each, and its place."""
     if isinstance(content, str):
-        return [("text", {"text": content}, where)]
+        return [({"type": "text", "text": content}, where)]
     if not isinstance(content, list):
         raise InvalidTypeError(f"{where} must be a string or a list of blocks", where)
-    return [(*check_block(block, kinds, f"{where}[{index}]"), f"{where}[{index}]")
-            for index, block in enumerate(content)]
+    tables, blocks = {kind: BLOCK_FIELDS[kind] for kind in kinds}, []
+    for index, block in enumerate(content):
+        place = f"{where}[{index}]"
+        given = check_typed(block, tables, place)
+        check_control(given, place + ".")
+        blocks.append((given, place))
+    return blocks
 
 
 def joined_text(content: Any, where: str) -> str:
     """Text blocks as one string."""
-    return "\n".join(given["text"] for _, given, _ in blocks_of(content, ("text",), where))
+    return "\n".join(block["text"] for block, _ in blocks_of(content, ("text",), where))
 
 
-def user_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
+def user_turn(blocks: list[tuple[dict, str]]) -> list[dict]:
     """Results of tools, each a message of its own, and the text between them."""
     messages = []
-    for kind, given, where in blocks:
-        if kind == "text":
-            messages.append({"role": "user", "content": given["text"]})
+    for block, where in blocks:
+        if block["type"] == "text":
+            messages.append({"role": "user", "content": block["text"]})
         else:
-            text = joined_text(given.get("content", ""), where + ".content")
-            failed = "Error: " if given.get("is_error") else ""
-            messages.append({"role": "tool", "tool_call_id": given.get("tool_use_id", ""), "content": failed + text})
+            text = joined_text(block.get("content", ""), where + ".content")
+            failed = "Error: " if block.get("is_error") else ""
+            messages.append({"role": "tool", "tool_call_id": block.get("tool_use_id", ""), "content": failed + text})
     return messages
 
 
-def assistant_turn(blocks: list[tuple[str, dict, str]]) -> list[dict]:
+def assistant_turn(blocks: list[tuple[dict, str]]) -> list[dict]:
     """Text and calls as one message."""
-    text = "\n".join(given["text"] for kind, given, _ in blocks if kind == "text")
-    calls = [{"id": given.get("id", ""), "type": "function", "function": {
-        "name": given.get("name"), "arguments": json.dumps(given.get("input", {}))}}
-        for kind, given, _ in blocks if kind == "tool_use"]
+    text = "\n".join(block["text"] for block, _ in blocks if block["type"] == "text")
+    calls = [{"id": block.get("id", ""), "type": "function", "function": {
+        "name": block["name"], "arguments": json.dumps(block.get("input", {}))}}
+        for block, _ in blocks if block["type"] == "tool_use"]
     return [{"role": "assistant", **({"content": text} if text or not calls else {}),
              **({"tool_calls": calls} if calls else {})}]
 
@@ -5804,16 +5789,13 @@ def turn_messages(turns: list, system: Any) -> list[dict]:
 
 def message_tools(tools: list) -> list[dict]:
     """Tools as the chat route has them."""
-    nested = []
-    for index, tool in enumerate(tools):
-        where = f"tools[{index}]"
-        if not isinstance(tool, dict) or tool.get("type", "custom") not in (None, "custom"):
-            raise APIError(f"{where} is {shorten(tool)}; type custom is supported", where, code="unsupported_value")
-        given = check_fields(tool, MESSAGE_TOOL_FIELDS, where + ".")
-        check_control(given, where + ".")
-        given.pop("cache_control", None)
-        parameters = {"parameters": given.pop("input_schema")} if "input_schema" in given else {}
-        nested.append({"type": "function", "function": {**given, **parameters}})
+    nested = nested_tools(tools, {"custom": MESSAGE_TOOL_FIELDS}, "custom")
+    for index, tool in enumerate(nested):
+        function = tool["function"]
+        check_control(function, f"tools[{index}].")
+        function.pop("cache_control", None)
+        if "input_schema" in function:
+            function["parameters"] = function.pop("input_schema")
     return nested
 
 

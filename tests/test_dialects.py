@@ -355,7 +355,7 @@ def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, n
     ({"instructions": "Be kind.", "input": [{"type": "function_call", "name": "f", "arguments": "["}]},
      "input[0].arguments"),
     ({"input": [HELLO, {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
-                {"type": "function_call", "call_id": "b", "arguments": "{}"}]}, "input[2]"),
+                {"type": "function_call", "call_id": "b", "arguments": "{}"}]}, "input[2].name"),
     ({"input": "Hi", "tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
     ({"input": "Hi", "tools": [{"type": "function", "name": "f", "parameters": 5}]}, "tools[0].parameters"),
     ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {"type": "function", "name": "g"}}, "tool_choice"),
