@@ -1040,6 +1040,13 @@ class ModelConfig:
             bool(spec.get("tie_word_embeddings", False)), bool(spec.get("attention_bias", False)),
             bool(spec.get("mlp_bias", False)), cls._eos(folder, spec))
 
+    @property
+    def num_weights(self) -> int:
+        """Elements of all matrices."""
+        attention = 2 * (self.num_attention_heads + self.num_kv_heads) * self.head_dim
+        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2)
+        return self.hidden_size * (tables + self.num_layers * (attention + 3 * self.intermediate_size))
+
     @staticmethod
     def _check_kind(path: Path, spec: dict) -> None:
         kinds = spec.get("architectures") or spec.get("model_type")
@@ -2376,6 +2383,7 @@ class CpuBackend(ArrayBackend):
     MAX_HEAD_DIM = 256  # as in attention.c
     SMALL_MODEL, SMALL_STEP = 1 << 24, 1 << 27  # bytes of weights; times tokens: less is not worth waking other threads
 
+    EXACT_MODEL = 1 << 25  # weights: with fewer a step is quick enough in float32, and its answers are the reference's
     ROUNDINGS = ("", ", bfloat16 activations", ", bfloat16 activations in AMX tiles")  # by enum Arithmetic
 
     def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig, arithmetic: int = FLOAT32):
@@ -2596,7 +2604,8 @@ def load_cpu_kernels(config: EngineConfig, model: ModelConfig) -> CpuBackend:
         raise KernelError(refusal)
     compiler = KernelCompiler(folder)
     kernels = open_kernels(compiler.library())
-    arithmetic = FLOAT32 if config.cpu_kernels == "float32" else kernels.fastest_arithmetic()
+    exact = config.cpu_kernels == "float32" or model.num_weights < CpuBackend.EXACT_MODEL
+    arithmetic = FLOAT32 if exact else kernels.fastest_arithmetic()
     while True:
         try:
             check_kernels(kernels, config, model, arithmetic)

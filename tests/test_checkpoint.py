@@ -1,6 +1,7 @@
 """Checkpoint: exact widening from every layout, and an error that names the file for every broken folder."""
 import gc
 import json
+import math
 import os
 import shutil
 import struct
@@ -10,6 +11,7 @@ import sys
 import numpy as np
 import psutil
 import pytest
+import safetensors
 from harness import REFERENCE_NAMES, REFERENCES, ROOT
 from make_references import Dims, random_checkpoint, random_weights, tensor_shapes, to_dtype, write_safetensors
 from rustinfer import (
@@ -76,6 +78,16 @@ def test_every_16_bit_number_is_widened_exactly(tmp_path, dtype):
     assert np.array_equal(found.ravel().view(np.uint32)[~np.isnan(expected)],
                           expected.view(np.uint32)[~np.isnan(expected)])
     assert np.array_equal(np.isnan(found.ravel()), np.isnan(expected))
+
+
+@pytest.mark.parametrize("name", REFERENCE_NAMES)
+def test_the_config_tells_the_number_of_weights(name):
+    sizes = []
+    for path in (REFERENCES / name).glob("*.safetensors"):
+        with safetensors.safe_open(path, "np") as file:
+            shapes = [file.get_slice(key).get_shape() for key in file.keys()]
+        sizes += [math.prod(shape) for shape in shapes if len(shape) == 2]
+    assert ModelConfig.load(REFERENCES / name).num_weights == sum(sizes)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

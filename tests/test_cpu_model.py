@@ -110,12 +110,22 @@ def test_rounded_activations_cost_next_to_nothing(make, arithmetic):
     assert abs(np.exp(after - before) - 1) <= 1e-3
 
 
+def test_small_models_are_exact_whatever_is_fastest(monkeypatch, kernels):
+    monkeypatch.setattr(kernels, "fastest_arithmetic", lambda: TILED)
+    monkeypatch.setattr(rustinfer, "open_kernels", lambda path: kernels)
+    for num_weights, arithmetic in ((CpuBackend.EXACT_MODEL - 1, FLOAT32), (CpuBackend.EXACT_MODEL, TILED)):
+        monkeypatch.setattr(rustinfer.ModelConfig, "num_weights", num_weights)
+        with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu") as llm:
+            assert llm.engine.model.backend.arithmetic == arithmetic
+
+
 @pytest.mark.parametrize("arithmetic", [PAIRS, TILED])
 def test_engine_keeps_its_promise_in_every_arithmetic(monkeypatch, kernels, arithmetic):
     """Requests together, in small steps, have the tokens and logprob bits that each has alone."""
     monkeypatch.setattr(kernels, "fastest_arithmetic", lambda: arithmetic)
     monkeypatch.setattr(rustinfer, "open_kernels", lambda path: kernels)
     monkeypatch.setattr(CpuBackend, "SMALL_MODEL", 0)
+    monkeypatch.setattr(CpuBackend, "EXACT_MODEL", 0)
     options = dict(temperature=0.8, seed=3, max_tokens=9, ignore_eos=True, logprobs=2)
     prompts = [list(range(5, 5 + length)) for length in (1, 2, 15, 16, 17, 40, 70)]
 

@@ -12,8 +12,8 @@ OPTIONS = {"temperature": 0, "ignore_eos": True}
 
 @pytest.fixture(scope="module", params=MODELS)
 def served(request):
-    """(name, a server of it whose kernels do not round activations)."""
-    with ServerProcess("--device", "cpu", "--cpu-kernels", "float32", model=MODELS[request.param]) as server:
+    """(name, a server of it, as it comes)."""
+    with ServerProcess("--device", "cpu", model=MODELS[request.param]) as server:
         yield request.param, server
 
 
