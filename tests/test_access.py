@@ -244,7 +244,7 @@ class TestShares:
 
     @pytest.fixture
     def llm(self):
-        with rustinfer.LLM(None, device="cpu", max_queue=600) as llm, slowed(llm, 0.002):
+        with rustinfer.LLM(None, device="cpu", max_queue=600) as llm:
             yield llm
 
     @pytest.fixture
@@ -266,13 +266,14 @@ class TestShares:
         body = {"messages": [{"role": "user", "content": "What is Rust? " * 8}], "ignore_eos": True, "max_tokens": 40}
         with local_server(llm, api_key_file=path, max_connections=700) as server, contextlib.ExitStack() as opened:
             crowd = [opened.enter_context(RawConnection(server.port)) for _ in range(500)]
-            for raw in crowd:
-                raw.send_request("POST", CHAT, body, bearer(ALICE))
-            wait_for(lambda: engine.snapshot()["num_requests_waiting"] > 400)
-            steps = engine.metrics.steps
-            status, _, answer = ask(server, "POST", CHAT, {**body, "max_tokens": 1}, **bearer(BOB))
-            assert status == 200 and answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
-            assert engine.metrics.steps - steps < 20 and engine.snapshot()["num_requests_waiting"] > 300
+            with slowed(llm, 0.05):  # the engine must not be done with the crowd before all have come
+                for raw in crowd:
+                    raw.send_request("POST", CHAT, body, bearer(ALICE))
+                wait_for(lambda: engine.snapshot()["num_requests_waiting"] > 400)
+                steps = engine.metrics.steps
+                status, _, answer = ask(server, "POST", CHAT, {**body, "max_tokens": 1}, **bearer(BOB))
+                assert status == 200 and answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+                assert engine.metrics.steps - steps < 20 and engine.snapshot()["num_requests_waiting"] > 300
             hits = [raw.read_response()[2]["usage"]["prompt_tokens_details"]["cached_tokens"] for raw in crowd[-5:]]
             assert min(hits) > 0 and shared == []
         wait_for(lambda: not engine.scheduler.has_work and engine.snapshot()["kv_blocks_used"] == 0)
