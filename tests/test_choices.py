@@ -91,7 +91,7 @@ def test_eight_choices_compute_the_prompt_once():
 
 
 @pytest.mark.parametrize("num_others", [0, 3])
-def test_choices_wait_for_room_in_the_queue(tiny_llm, num_others):
+def test_a_full_queue_changes_no_choices_of_a_begun_request(tiny_llm, num_others):
     params = rustinfer.SamplingParams(temperature=1.0, max_tokens=1 if num_others else 5, seed=3, ignore_eos=True)
     long = rustinfer.SamplingParams(max_tokens=40, ignore_eos=True)
 

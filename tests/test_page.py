@@ -110,11 +110,16 @@ def speak(monkeypatch, demo_llm):
     return say
 
 
+def send(page, text):
+    """Write a message, and send it with the keyboard."""
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+
+
 def ask(page, text):
     """Send a message, and wait for its whole answer."""
     count = page.locator("article.assistant").count()
-    page.fill("#input", text)
-    page.press("#input", "Enter")
+    send(page, text)
     page.locator("article.assistant[aria-busy=false] .facts b").nth(0).wait_for()
     page.wait_for_function(
         "count => document.querySelectorAll('article.assistant[aria-busy=false] .facts').length > count", arg=count
@@ -524,12 +529,10 @@ class TestConversations:
     def test_two_answers_at_once(self, endless, visit, expect):
         with local_server(endless) as server:
             page = visit(server)
-            page.fill("#input", "What is Rust?")
-            page.press("#input", "Enter")
+            send(page, "What is Rust?")
             expect(page.locator("article.assistant")).to_contain_text("Rust is")
             page.get_by_role("button", name="New chat").click()
-            page.fill("#input", "Count to 10.")
-            page.press("#input", "Enter")
+            send(page, "Count to 10.")
             expect(page.locator("article.assistant")).to_contain_text("1, 2")
             page.get_by_role("button", name="What is Rust?", exact=True).first.click()
             expect(page.locator("article.assistant")).to_contain_text("systems programming")
@@ -602,8 +605,7 @@ class TestErrors:
         with local_server(demo_llm, api_key=("secret-key-1",)) as server:
             page = visit(server, ready=False)
             page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
-            page.fill("#input", "What is Rust?")
-            page.press("#input", "Enter")
+            send(page, "What is Rust?")
             page.get_by_role("dialog").get_by_role("button", name="Cancel").click()
             expect(page.locator(".problem")).to_contain_text("asks for an API key")
             page.get_by_role("button", name="Enter the key").click()
@@ -638,15 +640,13 @@ class TestErrors:
         page = visit(demo_server)
         page.get_by_role("button", name="Settings", exact=True).click()
         page.get_by_label("Temperature", exact=True).fill("9")
-        page.fill("#input", "Hello")
-        page.press("#input", "Enter")
+        send(page, "Hello")
         expect(page.locator(".problem")).to_contain_text("temperature")
 
     def test_a_server_that_goes_and_comes_back(self, demo_llm, visit, expect):
         with local_server(demo_llm) as server:
             page, port = visit(server), server.port
-        page.fill("#input", "What is Rust?")
-        page.press("#input", "Enter")
+        send(page, "What is Rust?")
         expect(page.locator(".problem")).to_contain_text("No connection to the server")
         expect(page.locator("#notice")).to_contain_text("cannot be reached")
         with rustinfer.Server(demo_llm, port=port):
@@ -658,8 +658,7 @@ class TestErrors:
     def test_a_server_that_stops_in_mid_answer(self, endless, visit, expect):
         with local_server(endless) as server:
             page = visit(server)
-            page.fill("#input", "What is Rust?")
-            page.press("#input", "Enter")
+            send(page, "What is Rust?")
             expect(page.locator("article.assistant")).to_contain_text("Rust is a")
         expect(page.locator(".problem")).to_contain_text("The answer was cut off")
         expect(page.locator("article.assistant")).to_contain_text("Rust is a")
@@ -669,8 +668,7 @@ class TestErrors:
     def test_an_error_that_is_not_this_servers(self, demo_server, visit, expect, body):
         page = visit(demo_server)
         page.route("**/v1/chat/completions", lambda route: route.fulfill(status=502, body=body))
-        page.fill("#input", "Hello")
-        page.press("#input", "Enter")
+        send(page, "Hello")
         expect(page.locator(".problem")).to_contain_text("The server answered 502.")
 
     def test_a_model_that_still_loads(self, demo_llm, visit, expect):
@@ -684,8 +682,7 @@ class TestErrors:
     def test_a_stream_that_breaks_off_keeps_its_text(self, endless, visit, expect):
         with local_server(endless) as server:
             page = visit(server)
-            page.fill("#input", "What is Rust?")
-            page.press("#input", "Enter")
+            send(page, "What is Rust?")
             expect(page.locator("article.assistant")).to_contain_text("Rust is a")
             for handler in list(server.connections):
                 rustinfer.close_socket(handler.connection)
@@ -1280,8 +1277,7 @@ class TestHostile:
         page.wait_for_selector("#status[data-state=ready]")
         expect(page.locator("#welcome-model")).to_have_text("aU+202Eb")
         expect(page.locator("#status")).to_contain_text("aU+202Eb")
-        page.fill("#input", "x\u202ey")
-        page.press("#input", "Enter")
+        send(page, "x\u202ey")
         expect(page.locator(".problem")).to_contain_text("noU+2066pe")
         page.get_by_role("button", name="Delete xU+202Ey").click()
         expect(page.get_by_role("dialog")).to_contain_text("“xU+202Ey” is kept nowhere else.")
@@ -1324,6 +1320,5 @@ class TestHostile:
                 answer = {"body": f"data: {json.dumps(data)}\n\n", "content_type": "text/event-stream"}
                 page.unroute_all()
                 page.route("**/v1/chat/completions", lambda route: route.fulfill(**answer))
-                page.fill("#input", "Hello")
-                page.press("#input", "Enter")
+                send(page, "Hello")
                 expect(page.locator(".problem")).to_contain_text(text)
