@@ -2382,8 +2382,8 @@ class CpuBackend(ArrayBackend):
 
     MAX_HEAD_DIM = 256  # as in attention.c
     SMALL_MODEL, SMALL_STEP = 1 << 24, 1 << 27  # bytes of weights; times tokens: less is not worth waking other threads
-
     EXACT_MODEL = 1 << 25  # weights: with fewer a step is quick enough in float32, and its answers are the reference's
+
     ROUNDINGS = ("", ", bfloat16 activations", ", bfloat16 activations in AMX tiles")  # by enum Arithmetic
 
     def __init__(self, kernels: ctypes.CDLL, description: str, config: EngineConfig, arithmetic: int = FLOAT32):
@@ -4180,7 +4180,11 @@ class Engine:
                 "shorten the prompt, lower max_tokens or start with a larger --max-model-len (context_length_exceeded)",
                 param)
         return params if wanted is not None else dataclasses.replace(
-            params, max_tokens=min(params.default_max_tokens or self.config.max_tokens, limit - length))
+            params, max_tokens=min(self.most_tokens(params), limit - length))
+
+    def most_tokens(self, params: SamplingParams) -> int:
+        """How long an answer may get, as far as the context has room."""
+        return params.max_tokens or params.default_max_tokens or self.config.max_tokens
 
     def abort(self, handle: Handle, reason: str = "abort") -> None:
         """Ask for the end of a request: at once while it waits, before the next step while it runs."""
@@ -7487,7 +7491,7 @@ class Server:
         label = request.structure.label if request.structure else ""
         handler.facts |= {"format": shorten(label)} if label else {}
         constraint = llm.grammars.compile(request.structure) if request.structure else None
-        most = request.params.max_tokens or request.params.default_max_tokens or llm.config.max_tokens
+        most = llm.engine.most_tokens(request.params)
         client, used = handler.client, 0
         with client.running():
             taken = client.take("tokens", sum(map(len, prompts)) + len(prompts) * request.n * most)
