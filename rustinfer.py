@@ -7288,19 +7288,8 @@ class Server:
         self._check_host(handler.http)
         if method != "OPTIONS" and path not in OPEN_PATHS:
             handler.client = self._identify(handler)
-        table = {
-            "/health": {"GET": self._health}, "/ready": {"GET": self._ready}, "/v1/metrics": {"GET": self._metrics},
-            "/v1/models": {"GET": self._models}, "/": {"GET": self._page},
-            "/v1/chat/completions": {"GET": self._chat_by_query, "POST": self._chat},
-            "/v1/completions": {"POST": self._completions}, "/version": {"GET": self._version},
-            "/tokenize": {"POST": self._tokenize}, "/detokenize": {"POST": self._detokenize},
-            "/apply-template": {"POST": self._apply_template}, "/v1/capabilities": {"GET": self._capabilities},
-            "/openapi.json": {"GET": self._openapi}, "/metrics": {"GET": self._prometheus},
-            "/v1/queue": {"GET": self._queue}, "/v1/responses": {"POST": self._responses},
-            "/v1/messages": {"POST": self._messages}, "/v1/messages/count_tokens": {"POST": self._count_tokens},
-        }
-        trees = {"/v1/models/": {"GET": self._model}, "/v1/queue/": {"DELETE": self._cancel}}
-        routes = table.get(path) or next((found for tree, found in trees.items() if path.startswith(tree)), None)
+        routes = self.ROUTES.get(path) or next((found for shape, found in self.ROUTES.items() if shape.endswith("{id}")
+                                                and path.startswith(shape.removesuffix("{id}"))), None)
         if method == "OPTIONS" and (routes or path == "*"):
             return self._options(handler, routes or {})
         if routes is None:
@@ -7310,9 +7299,9 @@ class Server:
             raise APIError(f"{shorten(path)} does not take {shorten(method, 40)}", status=405,
                            code="method_not_allowed",
                            headers={"Allow": self._allow(routes)})
-        if method == "POST" or action == self._chat_by_query:
+        if method == "POST" or action == Server._chat_by_query:
             handler.client.take("requests", 1)
-        action(handler)
+        action(self, handler)
 
     def _check_host(self, request: HTTPRequest) -> None:
         """On a loopback address without keys: a web page whose name was made to mean this machine is not for us."""
@@ -7620,10 +7609,8 @@ class Server:
                               "defaults": llm.describe_defaults(), "routes": routes})
 
     def _openapi(self, handler: RequestHandler) -> None:
-        plain = ("/", "/health", "/ready", "/version", "/v1/models", "/v1/models/{id}", "/v1/metrics", "/metrics",
-                 "/v1/queue", "/v1/capabilities", "/openapi.json")
-        others = {("/v1/chat/completions", "get"): QUERY_FIELDS, ("/v1/queue/{id}", "delete"): {},
-                  **{(path, "get"): {} for path in plain}}
+        others = {(path, method.lower()): QUERY_FIELDS if action == Server._chat_by_query else {}
+                  for path, methods in self.ROUTES.items() for method, action in methods.items() if method != "POST"}
         handler.respond_json(openapi_document(self.FIELDS, others))
 
     def _version(self, handler: RequestHandler) -> None:
@@ -7678,6 +7665,19 @@ class Server:
                 "completion": sum(len(answer.tokens) for answer in group.answers),
                 "queue_ms": round(timing.queue_s * 1000, 1), "first_token_ms": round(timing.ttft_s * 1000, 1),
                 "finish": ",".join(reasons)}
+
+    # by path and method; {id} is whatever the path ends in
+    ROUTES = {
+        "/": {"GET": _page}, "/health": {"GET": _health}, "/ready": {"GET": _ready}, "/version": {"GET": _version},
+        "/v1/models": {"GET": _models}, "/v1/models/{id}": {"GET": _model},
+        "/v1/metrics": {"GET": _metrics}, "/metrics": {"GET": _prometheus},
+        "/v1/queue": {"GET": _queue}, "/v1/queue/{id}": {"DELETE": _cancel},
+        "/v1/capabilities": {"GET": _capabilities}, "/openapi.json": {"GET": _openapi},
+        "/v1/chat/completions": {"GET": _chat_by_query, "POST": _chat}, "/v1/completions": {"POST": _completions},
+        "/v1/responses": {"POST": _responses},
+        "/v1/messages": {"POST": _messages}, "/v1/messages/count_tokens": {"POST": _count_tokens},
+        "/tokenize": {"POST": _tokenize}, "/detokenize": {"POST": _detokenize},
+        "/apply-template": {"POST": _apply_template}}
 
 
 # ==============================================================================
