@@ -488,8 +488,8 @@ class SamplingParams:
             if not low <= value <= high:  # also refuses NaN
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise APIError(f"min_tokens is {self.min_tokens} and max_tokens {self.max_tokens}; it must not be more",
-                           "min_tokens")
+            raise APIError(f"min_tokens is {self.min_tokens}; it must not be more than the {self.max_tokens} tokens of "
+                           "output that are allowed", "min_tokens")
         for name in ("top_p", "repetition_penalty"):
             if getattr(self, name) == 0:
                 raise APIError(f"{name} is 0; it must be above 0", name)
@@ -4174,11 +4174,11 @@ class Engine:
                 raise APIError(f"logit_bias names token {token_id}; the last one is {vocab_size - 1}", "logit_bias")
         wanted = params.max_tokens
         if length >= limit or (wanted is not None and length + wanted > limit):
-            output = f" and max_tokens is {wanted}" if wanted is not None else ", which leaves no room for output"
+            output = f" and {wanted} of output are asked for" if wanted else ", which leaves no room for output"
             raise ContextLengthError(  # litellm finds it by its first words, langchain-openai by the code in the text
                 f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
-                "shorten the prompt, lower max_tokens or start with a larger --max-model-len (context_length_exceeded)",
-                param)
+                "shorten the prompt, ask for less output or start with a larger --max-model-len "
+                "(context_length_exceeded)", param)
         return params if wanted is not None else dataclasses.replace(
             params, max_tokens=min(self.most_tokens(params), limit - length))
 

@@ -404,7 +404,7 @@ def test_errors_about_a_message_name_its_own_fields(demo_server, fields, param):
 
 @pytest.mark.parametrize("path, fields, text", [
     ("/v1/responses", {"top_logprobs": 2}, "top_logprobs is allowed only with include: message.output_text.logprobs"),
-    ("/v1/responses", {"min_tokens": 3, "max_output_tokens": 2}, "min_tokens is 3 and max_output_tokens 2"),
+    ("/v1/responses", {"min_tokens": 3, "max_output_tokens": 2}, "min_tokens is 3; it must not be more than the 2 tok"),
     ("/v1/responses", {"tools": [RESPONSE_TOOL], "tool_choice": "required", "text": {
         "format": {"type": "json_object"}}}, "tool_choice is not allowed together with text.format"),
     ("/v1/messages", {"tools": [MESSAGE_TOOL], "tool_choice": {"type": "any"}, "output_config": {"format": {
@@ -426,6 +426,14 @@ def test_errors_speak_of_no_field_that_the_dialect_lacks(demo_server, path, fiel
 def test_what_the_template_refuses_is_named_as_the_dialect_does(tiny_server, path, body, param):
     status, body = post(tiny_server, path, body)
     assert status == 400 and body["error"]["param"] == param and "one tool call at a time" in body["error"]["message"]
+
+
+@pytest.mark.parametrize("fields", [
+    {"max_output_tokens": 10**6}, {"input": "Hi " * 9000}, {"input": "Hi " * 9000, "max_output_tokens": 1},
+    {"min_tokens": 9999}])
+def test_errors_about_the_length_of_a_response_speak_of_no_max_tokens(demo_server, fields):
+    status, body = post(demo_server, "/v1/responses", {"input": "Hi", **fields})
+    assert status == 400 and "max_tokens" not in body["error"]["message"], body
 
 
 # -- errors
