@@ -4785,6 +4785,8 @@ def named_tool(reference: Any, tools: list[dict]) -> list[dict]:
     if isinstance(reference, dict):
         function = parse_function(reference, TOOL_FIELDS, {"name": FUNCTION_FIELDS["name"]}, "tool_choice")
     named = [tool for tool in tools if tool["function"]["name"] == function.get("name")]
+    if not named and "name" in function:
+        raise APIError(f"tool_choice names {shorten(function['name'])}, which is none of the tools", "tool_choice")
     if not named:
         raise APIError(f"tool_choice has {shorten(json.dumps(reference))}; auto, none, required or the names of some "
                        "of the tools are expected", "tool_choice")
@@ -5417,7 +5419,7 @@ RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("async", "unsupported", neutral=(None, False)),
     Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
-NAMED_TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("name", "string"))}
+NAMED_TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("name", "string", neutral=()))}
 ALLOWED_TOOLS_FIELDS = {**ALLOWED_FIELDS, "type": Field("type", "string")}
 TEXT_FIELDS = {f.name: f for f in (
     Field("format", "object", neutral=(None, {"type": "text"})),
@@ -5506,7 +5508,7 @@ def nested_choice(choice: Any, where: str = "tool_choice") -> Any:
         return {"type": kind, "allowed_tools": {"mode": given.get("mode"), "tools": tools}}
     if kind != "function":
         return choice
-    return {"type": kind, "function": {"name": check_fields(choice, NAMED_TOOL_FIELDS, where + ".").get("name")}}
+    return {"type": kind, "function": {"name": check_typed(choice, {kind: NAMED_TOOL_FIELDS}, where)["name"]}}
 
 
 def response_format(given: dict) -> dict:

@@ -364,6 +364,7 @@ def test_a_value_of_a_message_that_is_not_kept_is_refused_by_name(demo_server, n
      "tool_choice.more"),
     ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**ALLOWED, "tools": [{**NAMED, "more": 1}]}},
      "tool_choice.tools[0].more"),
+    ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {"type": "function"}}, "tool_choice.name"),
     ({"input": "Hi", "tools": [RESPONSE_TOOL], "tool_choice": {**ALLOWED, "tools": "all"}}, "tool_choice.tools"),
     ({"input": "Hi", "reasoning": {"effort": None, "summary": "auto"}}, "reasoning"),
     ({"input": "Hi", "text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
@@ -409,6 +410,10 @@ def test_errors_about_a_message_name_its_own_fields(demo_server, fields, param):
         "format": {"type": "json_object"}}}, "tool_choice is not allowed together with text.format"),
     ("/v1/messages", {"tools": [MESSAGE_TOOL], "tool_choice": {"type": "any"}, "output_config": {"format": {
         "type": "json_schema", "schema": {}}}}, "tool_choice is not allowed together with output_config.format"),
+    ("/v1/responses", {"tools": [RESPONSE_TOOL], "tool_choice": {"type": "function", "name": "g"}},
+     "tool_choice names g, which is none of the tools"),
+    ("/v1/messages", {"tools": [MESSAGE_TOOL], "tool_choice": {"type": "tool", "name": "g"}},
+     "tool_choice names g, which is none of the tools"),
     ("/v1/messages", {"output_config": {"format": {"type": "json_object"}}},
      "output_config.format.type is json_object; json_schema is supported"),
     ("/v1/messages", {"stop_sequences": [""]}, "stop_sequences may hold 16 strings"),
