@@ -4707,10 +4707,9 @@ def parse_past_calls(calls: list, where: str) -> list[dict]:
         if name is None or text is None:
             raise InvalidTypeError(f"{place}.function must hold name and arguments, both strings", f"{place}.function")
         try:
-            arguments = parse_json(text.encode()) if text.strip() else {}
+            arguments = parse_json(text.encode(), name=f"{place}.function.arguments") if text.strip() else {}
         except APIError as error:
-            raise APIError(f"{place}.function.arguments is not a JSON object: {shorten(str(error))}",
-                           f"{place}.function.arguments") from None
+            raise APIError(str(error), f"{place}.function.arguments") from None
         parsed.append({"id": call.get("id") or "", "type": "function",
                        "function": {"name": name, "arguments": arguments}})
     return parsed
@@ -5474,7 +5473,7 @@ def input_messages(given: dict) -> tuple[list[dict], dict[str, str]]:
     if isinstance(items, str):
         items = [{"role": "user", "content": items}]
     if not isinstance(items, list) or not items:
-        raise APIError("input is missing; text or a list of at least one item is expected", "input")
+        raise APIError("input must be text or a list of at least one item", "input")
     for index, item in enumerate(items):
         where = f"input[{index}]"
         message = item_message(item, where)

@@ -417,6 +417,11 @@ def test_errors_about_a_message_name_its_own_fields(demo_server, fields, param):
     ("/v1/messages", {"output_config": {"format": {"type": "json_object"}}},
      "output_config.format.type is json_object; json_schema is supported"),
     ("/v1/messages", {"stop_sequences": [""]}, "stop_sequences may hold 16 strings"),
+    ("/v1/responses", {"input": [HELLO, {"type": "function_call", "name": "f", "arguments": "["}]},
+     "input[1].arguments is not valid JSON: "),
+    ("/v1/responses", {"input": [HELLO, {"type": "function_call", "name": "f", "arguments": "[1]"}]},
+     "input[1].arguments is a JSON array; an object is expected"),
+    ("/v1/responses", {"input": 5}, "input must be text or a list"),
 ])
 def test_errors_speak_of_no_field_that_the_dialect_lacks(demo_server, path, fields, text):
     asked = {"input": "Hi"} if path == "/v1/responses" else {"messages": [HELLO], "max_tokens": 2}
