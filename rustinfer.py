@@ -3562,7 +3562,7 @@ GAUGES = {"num_requests_running": "Sequences that run", "num_requests_waiting": 
           "kv_cache_usage_perc": "Part of the KV blocks in use, 0 to 1"}
 COUNTERS = {"num_preemptions": "Sequences that were preempted", "steps": "Steps of the engine",
             "prompt_tokens": "Prompt tokens of finished requests",
-            "generation_tokens": "Output tokens of finished requests",
+            "generation_tokens": "Output tokens",
             "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
             "prefix_cache_hits": "Prompt tokens found in the prefix cache"}
 CARD_GAUGES = {"memory_used_bytes": "Memory in use on the card", "memory_total_bytes": "Memory of the card",
@@ -3600,7 +3600,6 @@ class Metrics:
         self.requests[reason] = self.requests.get(reason, 0) + 1
         self.prompt_tokens += seq.num_prompt_tokens
         self.cached_tokens += seq.num_cached_tokens
-        self.completion_tokens += seq.num_output_tokens
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
@@ -4238,7 +4237,6 @@ class Engine:
             return {**self.metrics.snapshot(), "num_requests_running": len(scheduler.running),
                     "num_requests_waiting": len(scheduler.waiting) + len(scheduler.aside),
                     "num_preemptions": scheduler.num_preemptions,
-                    "unfinished_tokens": sum(max(0, seq.num_output_tokens) for seq in self._handles),
                     "kv_blocks_total": blocks.num_blocks, "kv_blocks_used": blocks.num_blocks - blocks.num_free}
 
     # -- the engine thread
@@ -4339,6 +4337,7 @@ class Engine:
         """The sequence's token at `place` has arrived."""
         handle = self._handles[seq]
         seq.token_ids[place] = token.token_id
+        self.metrics.completion_tokens += 1
         if handle.timing.first_token is None:
             handle.timing.first_token = time.monotonic()
         if seq.constraint and not seq.constraint.accept(token.token_id):

@@ -64,6 +64,15 @@ class TestPrometheus:
             found = samples(server)
             assert found["rustinfer:num_requests_running"][()] == 1 and found["rustinfer:kv_cache_usage_perc"][()] > 0
 
+    def test_output_tokens_are_counted_as_they_come(self, tiny_llm):
+        """Or a rate over them would stand still while long answers run, and jump when they end."""
+        with slowed(tiny_llm, 0.02), local_server(tiny_llm) as server, RawConnection(server.port) as raw:
+            before = samples(server)["rustinfer:generation_tokens_total"][()]
+            raw.send_request("POST", CHAT, chat_body(stream=True, **LONG))
+            raw.read_head()
+            wait_for(lambda: samples(server)["rustinfer:generation_tokens_total"][()] > before + 2)
+            assert samples(server)["rustinfer:num_requests_running"][()] == 1
+
     def test_a_card_is_told_of(self, tiny_llm):
         card = {"device_id": 0, "utilization_percent": 37, "memory_used_mb": 3, "memory_total_mb": 9,
                 "temperature_celsius": 61, "power_watts": 120.5}
