@@ -2981,6 +2981,68 @@ class Constraint:
             return otherwise
 
 
+def check_exact(value: Any, param: str, wanted: bool = False) -> None:
+    """Raise APIError for an integer in `const` or `enum` that llguidance, which counts in doubles, would round."""
+    if isinstance(value, dict):
+        for key, item in value.items():  # a property may have that name: what it has is a schema
+            check_exact(item, param, wanted or (key in ("const", "enum") and not isinstance(item, dict)))
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_exact(item, param, wanted)
+    elif wanted and isinstance(value, int) and abs(value) > 1 << 53:
+        raise APIError(f"{param} asks for the integer {shorten(str(value))}; from -2^53 to 2^53 it can be enforced",
+                       param)
+
+
+class GrammarTrial:
+    """Compiles grammars in a process of its own before the server does: a few end it or never end.
+
+    llguidance recurses as deep as references go, and counts with some numbers (`multipleOf`) for hours; neither can be
+    caught in the process in which it happens. Needs about 50 ms, once for each grammar.
+    """
+
+    SECONDS, MAX_KNOWN = 5, 1 << 12
+    CODE = """
+import json, sys, threading
+sys.path, grammar = json.load(sys.stdin)
+from llguidance import LLMatcher, LLTokenizer
+threading.stack_size(1 << 20)  # less than the server's threads have
+thread = threading.Thread(target=LLMatcher, args=(LLTokenizer("byte"), grammar), kwargs={"log_level": 0})
+thread.start()
+thread.join()
+"""
+
+    def __init__(self):
+        self._lock, self._known = threading.Lock(), {}  # what was found, by the grammar's hash
+
+    def problem(self, grammar: str) -> str:
+        """Why the grammar cannot be compiled, or ""."""
+        key = hashlib.sha256(grammar.encode()).digest()
+        found = self._known.get(key)
+        if found is None:
+            with self._lock:  # one trial at a time, and one of each grammar
+                found = self._known.get(key)
+                if found is None:
+                    if len(self._known) >= self.MAX_KNOWN:
+                        self._known.clear()
+                    found = self._known[key] = self._run(grammar)
+        return found
+
+    def _run(self, grammar: str) -> str:
+        if getattr(sys, "frozen", False):  # then sys.executable is the program and no Python
+            return ""
+        try:
+            done = subprocess.run([sys.executable, "-P", "-c", self.CODE], timeout=self.SECONDS, start_new_session=True,
+                                  input=json.dumps([list(map(str, sys.path)), grammar]).encode(),
+                                  stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        except subprocess.TimeoutExpired:
+            return f"compiling it takes more than {self.SECONDS} s"
+        except OSError as error:
+            log.warning("grammars are compiled without a trial: %s", shorten(str(error)))
+            return ""
+        return f"its compiler dies of it (signal {-done.returncode})" if done.returncode < 0 else ""
+
+
 class GrammarCompiler:
     """Makes constraints with llguidance (the extra `structured`); any thread may call it."""
 
@@ -2989,7 +3051,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Iterable[int]):
         self._tokenizer, self._vocab_size, self._eos = tokenizer, vocab_size, sorted(eos_token_ids)
-        self._lock, self._inner = threading.Lock(), None
+        self._lock, self._inner, self._trial = threading.Lock(), None, GrammarTrial()
 
     def _load(self, param: str) -> Any:
         """(llguidance, its tokenizer), made at the first use."""
@@ -3010,25 +3072,30 @@ class GrammarCompiler:
         if len(text) > self.MAX_SOURCE:
             raise APIError(f"{structure.param} has {len(text)} characters; {self.MAX_SOURCE} are allowed",
                            structure.param)
+        check_exact(structure.source, structure.param)
         try:
             llguidance, tokenizer = self._load(structure.param)
-            matcher = llguidance.LLMatcher
-            if structure.kind == "json":
-                grammar = matcher.grammar_from_json_schema(text, defaults=self.SPACING)
-            elif structure.kind == "calls":
-                tags = [llguidance.StructTag(trigger=begin, begin=begin, end="}",
-                                             grammar={**schema, "x-guidance": self.SPACING})
-                        for begin, schema in structure.source]
-                grammar = llguidance.StructTag.to_grammar(tags, assume_special=False)
-            else:
-                grammar = (matcher.grammar_from_regex if structure.kind == "regex" else matcher.grammar_from_lark)(text)
-            found = matcher(tokenizer, grammar, log_level=0)
-            problem = found.get_error() if found.is_error() else ""
+            grammar = self._grammar(llguidance, structure.kind, structure.source, text)
+            problem = self._trial.problem(grammar)
+            if not problem:
+                found = llguidance.LLMatcher(tokenizer, grammar, log_level=0)
+                problem = found.get_error() if found.is_error() else ""
         except ValueError as error:
             problem = str(error)
         if problem:
             raise APIError(f"{structure.param} cannot be enforced: {shorten(problem)}", structure.param)
         return Constraint(found, self._vocab_size, structure.param)
+
+    def _grammar(self, llguidance: Any, kind: str, source: Any, text: str) -> str:
+        """llguidance's own form of the structure; text: the source as a string."""
+        matcher = llguidance.LLMatcher
+        if kind == "json":
+            return matcher.grammar_from_json_schema(text, defaults=self.SPACING)
+        if kind == "calls":
+            tags = [llguidance.StructTag(trigger=begin, begin=begin, end="}",
+                                         grammar={**schema, "x-guidance": self.SPACING}) for begin, schema in source]
+            return llguidance.StructTag.to_grammar(tags, assume_special=False)
+        return (matcher.grammar_from_regex if kind == "regex" else matcher.grammar_from_lark)(text)
 
 
 # ==============================================================================
@@ -4545,8 +4612,12 @@ def check_json(value: Any, depth: int = 1) -> None:
             check_json(item, depth + 1)
 
 
-def parse_json(data: bytes, kind: type = dict, name: str = "the body") -> Any:
-    """JSON, an object unless told: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates."""
+def parse_json(data: bytes, kind: type = dict, name: str = "the body", param: str | None = None) -> Any:
+    """JSON, an object unless told: UTF-8, finite numbers, no duplicate keys, bounded depth, no lone surrogates.
+
+    param: the field that holds the JSON as a string.
+    """
+    name = param or name
 
     def refuse(text: str) -> None:
         raise ValueError(f"{shorten(text)} is not a number that can be used")
@@ -4570,11 +4641,11 @@ def parse_json(data: bytes, kind: type = dict, name: str = "the body") -> Any:
                            object_pairs_hook=unique)
         check_json(value)
     except RecursionError:
-        raise APIError(f"{name} is nested deeper than {MAX_JSON_DEPTH} levels", code="invalid_json") from None
+        raise APIError(f"{name} is nested deeper than {MAX_JSON_DEPTH} levels", param, code="invalid_json") from None
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
-        raise APIError(f"{name} is not valid JSON: {shorten(str(error))}", code="invalid_json") from None
+        raise APIError(f"{name} is not valid JSON: {shorten(str(error))}", param, code="invalid_json") from None
     if not isinstance(value, kind):
-        raise InvalidTypeError(f"{name} is a JSON {TYPE_NAMES[type(value)]}; an {TYPE_NAMES[kind]} is expected")
+        raise InvalidTypeError(f"{name} is a JSON {TYPE_NAMES[type(value)]}; an {TYPE_NAMES[kind]} is expected", param)
     return value
 
 
@@ -4705,10 +4776,7 @@ def parse_past_calls(calls: list, where: str) -> list[dict]:
         name, text = function.get("name"), function.get("arguments")
         if name is None or text is None:
             raise InvalidTypeError(f"{place}.function must hold name and arguments, both strings", f"{place}.function")
-        try:
-            arguments = parse_json(text.encode(), name=f"{place}.function.arguments") if text.strip() else {}
-        except APIError as error:
-            raise APIError(str(error), f"{place}.function.arguments") from None
+        arguments = parse_json(text.encode(), param=f"{place}.function.arguments") if text.strip() else {}
         parsed.append({"id": call.get("id") or "", "type": "function",
                        "function": {"name": name, "arguments": arguments}})
     return parsed
@@ -5005,6 +5073,8 @@ def parse_structured_outputs(given: dict) -> Structure:
         return Structure("regex", "|".join(re.escape(text) for text in value), param)
     if name == "json" and not isinstance(value, (dict, str)):
         raise InvalidTypeError(f"{param} is of type {TYPE_NAMES[type(value)]}; object is expected", param)
+    if name == "json" and isinstance(value, str):
+        value = parse_json(value.encode(), param=param)
     return {"json": Structure("json", value, param), "regex": Structure("regex", value, param),
             "grammar": Structure("lark", value, param),
             "json_object": Structure("json", {"type": "object"}, param)}[name]

@@ -194,6 +194,59 @@ def test_what_cannot_be_enforced_is_refused_by_name(server, fields, param):
     assert (status, body["error"]["param"]) == (400, param)
 
 
+DEEP = {"$ref": "#/$defs/a0", "$defs": {**{f"a{n}": {"items": {"$ref": f"#/$defs/a{n + 1}"}} for n in range(1200)},
+                                        "a1200": {}}}
+LONG = "start: a0\n" + "".join(f"a{n}: a{n + 1}\n" for n in range(4000)) + 'a4000: "x"'
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"json": {"type": "integer", "minimum": -1 << 63, "maximum": -1 << 63}}, "dies of it"),
+    ({"json": DEEP}, "dies of it"), ({"json": json.dumps(DEEP)}, "dies of it"), ({"grammar": LONG}, "dies of it"),
+    ({"json": {"type": "integer", "multipleOf": 1 << 31}}, "more than 1 s"),
+    ({"json": {"type": "number", "multipleOf": -1 << 31}}, "more than 1 s"),
+    ({"json": {"anyOf": [{"type": "integer", "multipleOf": 99991}, {"type": "integer", "multipleOf": 98999}]}},
+     "more than 1 s"),
+    ({"grammar": 'start: x\nx: %json {"multipleOf": 2147483648}'}, "more than 1 s")])
+def test_what_its_compiler_does_not_survive_is_refused_and_the_server_goes_on(server, monkeypatch, asked, words):
+    """Each of these ended the process, or kept a thread busy for hours."""
+    monkeypatch.setattr(rustinfer.GrammarTrial, "SECONDS", 1)
+    with RawConnection(server.port) as connection:
+        for _ in range(2):  # the second time it is known
+            status, _, body = connection.request(
+                "POST", "/v1/chat/completions", {"messages": MESSAGES, "structured_outputs": asked})
+            assert status == 400 and words in body["error"]["message"], body
+        assert body["error"]["param"].startswith("structured_outputs.")
+
+
+def test_a_grammar_is_tried_once(llm, monkeypatch):
+    trials = []
+    monkeypatch.setattr(rustinfer.GrammarTrial, "_run", lambda trial, grammar: trials.append(grammar) or "")
+    for _ in range(3):
+        llm.grammars.compile(Structure("regex", "once|and no more", "x"))
+    assert len(trials) == 1
+
+
+def test_where_no_process_can_be_started_grammars_are_compiled_all_the_same(llm, monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    assert accepts(llm.grammars.compile(Structure("regex", "no python", "x")), llm.tokenizer, "no python")
+
+
+@pytest.mark.parametrize("schema, number", [
+    ({"const": 123456789012345678}, "123456789012345678"), ({"enum": ["a", [-(1 << 53) - 1]]}, "-9007199254740993"),
+    ({"properties": {"id": {"enum": [1, 1 << 60]}}}, str(1 << 60)), ({"const": 10**300}, "1000000")])
+def test_integers_that_would_be_rounded_are_refused(client, llm, schema, number):
+    with pytest.raises(openai.BadRequestError, match=f"asks for the integer {number}"):
+        client.chat.completions.create(model=llm.name, messages=MESSAGES, response_format=schema_format(schema))
+
+
+@pytest.mark.parametrize("schema, text", [
+    ({"const": 1 << 53}, str(1 << 53)), ({"enum": [-(1 << 53)]}, str(-(1 << 53))), ({"const": 0.1}, "0.1"),
+    ({"type": "object", "properties": {"const": {"type": "integer", "maximum": (1 << 63) - 1}}, "required": ["const"],
+      "additionalProperties": False}, '{"const": 7}')])
+def test_integers_that_a_double_holds_are_kept(llm, schema, text):
+    assert accepts(llm.grammars.compile(Structure("json", schema, "x")), llm.tokenizer, text)
+
+
 def test_without_llguidance_the_request_is_refused_with_what_to_install(client, llm, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "llguidance", None)
     needed = re.search(r"^structured =\n +(\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
