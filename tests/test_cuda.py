@@ -14,9 +14,12 @@ from make_references import random_checkpoint
 from test_batch_invariance import answer_of
 
 import rustinfer
+from cuda_cpu import why_not
 from harness import ROOT, RawConnection, ServerProcess, chat_body, local_server
 from rustinfer import (PENDING, CudaBackend, EngineConfig, EngineError, ModelConfig, SamplingParams, SettingsError,
                        Structure)
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 
 DIMS = dict(hidden_size=64, intermediate_size=96, num_layers=2, num_attention_heads=4, num_kv_heads=2, head_dim=32,
             vocab_size=331)
