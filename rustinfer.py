@@ -4171,7 +4171,8 @@ class Engine:
 
     def __init__(self, model: Llama, config: EngineConfig, num_blocks: int, eos_token_ids: Iterable[int],
                  model_name: str = ""):
-        self.model, self.config, self.eos_token_ids = model, config, frozenset(eos_token_ids)
+        self.model, self.config = model, config
+        self.eos_token_ids = frozenset(end for end in eos_token_ids if 0 <= end < model.config.vocab_size)
         self.blocks = BlockManager(num_blocks, config.block_size, not config.no_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
         self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings,
@@ -4217,8 +4218,7 @@ class Engine:
                                      f"{self.config.max_queue}; try again later", headers=retry_after(wait))
             seq = Sequence(self._next_id, prompt_token_ids, params, seed, tenant.salt, choice, tenant.name)
             seq.constraint = constraint
-            ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids))
-            seq.end_token_ids = frozenset(end for end in ends if end < self.model.config.vocab_size)
+            seq.end_token_ids = frozenset(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)

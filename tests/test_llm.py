@@ -203,6 +203,15 @@ def test_stop_token_ends_the_answer_and_adds_no_text(tiny_llm):
     assert (answer.finish_reason, answer.stop_reason) == ("stop", stop)
 
 
+def test_end_tokens_outside_the_vocabulary_end_nothing(tmp_path, tiny_llm):
+    shutil.copytree(REFERENCES / "llama3-tied", tmp_path / "model")
+    (tmp_path / "model/generation_config.json").write_text(json.dumps({"eos_token_id": [1 << 70, 9999, -1, -9999]}))
+    with LLM(tmp_path / "model", device="cpu") as llm:
+        ask = lambda model: only(model.generate(TEXT, temperature=0, max_tokens=8, min_tokens=8))
+        assert ask(llm) == ask(tiny_llm)
+        llm.grammars.compile(rustinfer.Structure("lark", 'start: "a"', "prompt"))
+
+
 def test_stop_string_ends_the_request_and_is_counted_as_stop():
     with LLM(REFERENCES / "llama3-tied", device="cpu") as llm:
         whole = text_of(llm)
