@@ -7267,7 +7267,7 @@ class Server:
         names = [*LOOPBACK, config.host, *(config.allowed_hosts or "").split(",")]
         self._hosts = {name.strip(" []").lower() for name in names}
         self._guarded = is_loopback(config.host) and not self._access.has_keys and "*" not in self._hosts
-        self._lock = threading.Lock()
+        self._lock, self._closing = threading.Lock(), threading.RLock()  # a signal's handler may stop it meanwhile
         self.connections: set[RequestHandler] = set()
         self.errors: Counter[str] = Counter()  # answers by code
         self._jobs: set[Job] = set()
@@ -7325,26 +7325,30 @@ class Server:
         self.stop()
 
     def stop(self, drain_timeout: float = 30.0) -> None:
-        """Refuse new requests, let running ones finish within the timeout, end the rest with an error, close."""
-        if self._http is None:
-            return
+        """Refuse new requests, let running ones finish within the timeout, end the rest with an error, close.
+
+        Safe to call twice, from any thread; each call returns when the server has stopped.
+        """
         self.draining = True
         deadline = time.monotonic() + drain_timeout
         self._wait(lambda: not self._busy() or time.monotonic() > deadline)
         for job in list(self._jobs):
             job.group.abort()
         self._wait(lambda: not self._busy() or time.monotonic() > deadline + 2)  # they write their last event
-        http_server, self._http = self._http, None
-        http_server.shutdown()
-        http_server.server_close()
-        for handler in list(self.connections):
-            close_socket(handler.connection)
-        self._wait(lambda: not self.connections or time.monotonic() > deadline + 4)
-        self._thread.join()
-        self._watcher.close()
+        with self._closing:
+            http_server, self._http = self._http, None
+            if http_server is None:
+                return
+            http_server.shutdown()
+            http_server.server_close()
+            for handler in list(self.connections):
+                close_socket(handler.connection)
+            self._wait(lambda: not self.connections or time.monotonic() > deadline + 4)
+            self._thread.join()
+            self._watcher.close()
 
     def _busy(self) -> bool:
-        return any(handler.busy for handler in list(self.connections))
+        return self._http is not None and any(handler.busy for handler in list(self.connections))
 
     @staticmethod
     def _wait(done: Callable[[], bool]) -> None:

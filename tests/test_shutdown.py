@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rustinfer
@@ -174,6 +175,17 @@ class TestServerInAProgram:
             socket.create_connection(("127.0.0.1", server.port), 1)
         with rustinfer.Server(tiny_llm, port=server.port) as again:
             assert again.port == server.port
+
+    def test_several_threads_may_stop_it_and_each_returns_when_it_has_stopped(self, tiny_llm):
+        server = rustinfer.Server(tiny_llm, port=0)
+        with slowed(tiny_llm, 0.02), RawConnection(server.port) as raw, ThreadPoolExecutor(4) as pool:
+            raw.send_request("POST", CHAT, chat_body(stream=True, max_tokens=20, ignore_eos=True))
+            raw.read_head()
+            for stopped in [pool.submit(server.stop) for _ in range(4)]:
+                stopped.result(20)
+                with pytest.raises(ConnectionRefusedError):
+                    socket.create_connection(("127.0.0.1", server.port), 1)
+            assert parse_events(b"".join(raw.read_chunks()))[-1] == "[DONE]"
 
     def test_starting_and_stopping_leaves_no_thread(self, tiny_llm):
         before = set(threading.enumerate())
