@@ -484,7 +484,8 @@ class SamplingParams:
                 continue
             kind = (int,) if optional or name in ("top_k", "min_tokens") else (int, float)
             if isinstance(value, bool) or not isinstance(value, kind):
-                raise InvalidTypeError(f"{name} is {shorten(value)}; it must be a number", name)
+                wanted = "a number" if float in kind else "a whole number"
+                raise InvalidTypeError(f"{name} is {shorten(repr(value))}; it must be {wanted}", name)
             if not low <= value <= high:  # also refuses NaN
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -4545,6 +4546,11 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", l
               type(None): "null"}
 
 
+def type_name(value: Any) -> str:
+    """The JSON type of a value; of what a program may pass and JSON has not, the Python type."""
+    return TYPE_NAMES.get(type(value), type(value).__name__)
+
+
 def limits_of(field: Field) -> dict[str, float]:
     """A field's range in JSON schema's words."""
     low = "exclusiveMinimum" if field.above else "minimum"
@@ -4645,7 +4651,7 @@ def parse_json(data: bytes, kind: type = dict, name: str = "the body", param: st
     except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise APIError(f"{name} is not valid JSON: {shorten(str(error))}", param, code="invalid_json") from None
     if not isinstance(value, kind):
-        raise InvalidTypeError(f"{name} is a JSON {TYPE_NAMES[type(value)]}; an {TYPE_NAMES[kind]} is expected", param)
+        raise InvalidTypeError(f"{name} is a JSON {type_name(value)}; an {TYPE_NAMES[kind]} is expected", param)
     return value
 
 
@@ -4676,7 +4682,7 @@ def parse_query(query: str, fields: dict[str, Field]) -> dict:
 
 
 def check_type(name: str, value: Any, field: Field) -> None:
-    kind = TYPE_NAMES[type(value)]
+    kind = type_name(value)
     if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
         raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
     size = len(value) if isinstance(value, list) else value
@@ -4784,11 +4790,14 @@ def parse_past_calls(calls: list, where: str) -> list[dict]:
 
 def parse_messages(messages: list) -> list[dict]:
     """[{"role", "content"}] with content as one string, and what tools need, by the template's names."""
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise InvalidTypeError(f"messages is {shorten(messages)}; a list of at least one message is expected",
+                               "messages")
     parsed, called = [], {}
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
         if not isinstance(message, dict):
-            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(message)]}; object is expected", where)
+            raise InvalidTypeError(f"{where} is of type {type_name(message)}; object is expected", where)
         given = check_fields(message, MESSAGE_FIELDS, where + ".")
         role = given.get("role")
         if role not in ROLES:
@@ -5023,7 +5032,7 @@ def parse_metadata(given: dict) -> dict[str, str]:
         raise APIError(f"metadata has {len(given)} entries; {MAX_METADATA} are allowed", "metadata")
     for key, value in given.items():
         if not isinstance(value, str):
-            kind = TYPE_NAMES[type(value)]
+            kind = type_name(value)
             raise InvalidTypeError(f"metadata[{shorten(key)!r}] is of type {kind}; string is expected", "metadata")
         if len(key) > 64 or len(value) > 512:
             raise APIError("metadata may have keys of 64 and values of 512 characters", "metadata")
@@ -5072,7 +5081,7 @@ def parse_structured_outputs(given: dict) -> Structure:
             raise InvalidTypeError(f"{param} must hold strings that are not empty", param)
         return Structure("regex", "|".join(re.escape(text) for text in value), param)
     if name == "json" and not isinstance(value, (dict, str)):
-        raise InvalidTypeError(f"{param} is of type {TYPE_NAMES[type(value)]}; object is expected", param)
+        raise InvalidTypeError(f"{param} is of type {type_name(value)}; object is expected", param)
     if name == "json" and isinstance(value, str):
         value = parse_json(value.encode(), param=param)
     return {"json": Structure("json", value, param), "regex": Structure("regex", value, param),
@@ -5847,7 +5856,7 @@ def turn_messages(turns: list, system: Any) -> list[dict]:
     for index, turn in enumerate(turns):
         where = f"messages[{index}]"
         if not isinstance(turn, dict):
-            raise InvalidTypeError(f"{where} is of type {TYPE_NAMES[type(turn)]}; object is expected", where)
+            raise InvalidTypeError(f"{where} is of type {type_name(turn)}; object is expected", where)
         given = check_fields(turn, TURN_FIELDS, where + ".")
         role, place = given.get("role"), where + ".content"
         if role == "user":
@@ -6521,7 +6530,11 @@ class LLM:
     def params(self, sampling_params: SamplingParams | None = None, **options: Any) -> SamplingParams:
         """The given parameters, or the model's defaults changed by keyword options."""
         check_options(options, SamplingParams, "sampling parameter")
-        return dataclasses.replace(sampling_params or self.default_params, **options)
+        given = self.default_params if sampling_params is None else sampling_params
+        if not isinstance(given, SamplingParams):
+            raise InvalidTypeError(f"sampling_params is {shorten(given)}; a SamplingParams is expected",
+                                   "sampling_params")
+        return dataclasses.replace(given, **options)
 
     def describe_defaults(self) -> dict[str, float | int]:
         """What a chat request gets that names nothing else."""
@@ -6551,14 +6564,16 @@ class LLM:
     def generate(self, prompts: str | Seq, sampling_params: SamplingParams | None = None, *, stream: bool = False,
                  **options: Any) -> list[RequestOutput] | Iterator[Piece]:
         """Continue each prompt (text or token ids; one or a list). With stream=True, an iterator of Pieces."""
-        single = isinstance(prompts, (str, dict)) or (len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
+        single = isinstance(prompts, (str, dict)) or not hasattr(prompts, "__getitem__") or (
+            len(prompts) > 0 and isinstance(prompts[0], (int, np.integer)))
         listed = [prompts] if single else list(prompts)
         return self._answer(listed, self.params(sampling_params, **options), "prompt", stream)
 
     def chat(self, messages: list, sampling_params: SamplingParams | None = None, *, stream: bool = False,
              **options: Any) -> list[RequestOutput] | Iterator[Piece]:
         """Answer a conversation ([{"role", "content"}, ...]) or a list of them. stream as in `generate`."""
-        conversations = messages if messages and isinstance(messages[0], list) else [messages]
+        several = isinstance(messages, (list, tuple)) and messages and isinstance(messages[0], (list, tuple))
+        conversations = messages if several else [messages]
         prompts = [self.template.encode(parse_messages(conversation)) for conversation in conversations]
         return self._answer(prompts, self.params(sampling_params, **options), "messages", stream)
 

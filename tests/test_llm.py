@@ -147,11 +147,32 @@ def test_options_change_the_given_params(tiny_llm):
 
 
 @pytest.mark.parametrize("prompt", [
-    {}, {"prompt": None}, {"prompt_token_ids": 5}, [1.5, 2], [None], [[1, 2.5]], [["a"]]])
+    {}, {"prompt": None}, {"prompt_token_ids": 5}, [1.5, 2], [None], [[1, 2.5]], [["a"]], None, 5, {"a"}, b"ab",
+    iter(["a"])])
 def test_prompt_of_a_wrong_type_is_refused(tiny_llm, prompt):
     with pytest.raises(RustinferError, match="prompt|token ids"):
         tiny_llm.generate(prompt, **GREEDY)
     assert used_blocks(tiny_llm) == 0
+
+
+@pytest.mark.parametrize("messages, wanted", [
+    (MESSAGES[0], "messages is {'role': 'user'.*a list"), ("Hello", "messages is Hello; a list"),
+    (None, "messages is None; a list"), ([], "at least one"), ([MESSAGES, []], "at least one"),
+    ([MESSAGES, MESSAGES[0]], "messages is {'role'"), ([object()], r"messages\[0\] is of type object"),
+    ([{"role": "user", "content": 5}], "content must be"), ([{"role": b"user"}], "role is of type bytes")])
+def test_a_conversation_of_a_wrong_type_is_refused(tiny_llm, messages, wanted):
+    with pytest.raises(rustinfer.InvalidTypeError, match=wanted):
+        tiny_llm.chat(messages, **GREEDY)
+
+
+def test_conversations_may_be_tuples(tiny_llm):
+    assert tiny_llm.chat((tuple(MESSAGES),), **GREEDY)[0].outputs == tiny_llm.chat(MESSAGES, **GREEDY)[0].outputs
+
+
+@pytest.mark.parametrize("params", [{"temperature": 0}, {}, [SamplingParams()]])
+def test_sampling_params_of_a_wrong_type_are_refused(tiny_llm, params):
+    with pytest.raises(RustinferError, match="a SamplingParams is expected"):
+        tiny_llm.generate(TEXT, params)
 
 
 def test_too_long_prompt_among_others_is_refused_and_stops_the_others(tiny_llm):
