@@ -4270,6 +4270,11 @@ class Engine:
                 self.scheduler.hold(handle.seq, on)
                 self._work.notify()
 
+    @property
+    def is_open(self) -> bool:
+        """True while it takes requests."""
+        return self.dead is None and not self._closing
+
     def close(self) -> None:
         """End what still runs with an error, stop the thread, free the device's memory. Safe to call twice.
 
@@ -7439,7 +7444,7 @@ class Server:
                              503 if dead else 200)
 
     def _ready(self, handler: RequestHandler) -> None:
-        loaded = self._llm is not None and self._llm.engine.dead is None
+        loaded = self._llm is not None and self._llm.engine.is_open
         status = "draining" if self.draining else "ready" if loaded else "loading" if self._llm is None else "failed"
         handler.respond_json({"status": status, "model_loaded": loaded}, 200 if status == "ready" else 503)
 

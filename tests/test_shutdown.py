@@ -194,6 +194,14 @@ class TestServerInAProgram:
                 assert raw.request("POST", CHAT, chat_body(max_tokens=2))[0] == 200
         wait_for(lambda: set(threading.enumerate()) <= before)
 
+    def test_a_server_whose_model_was_closed_is_not_ready(self):
+        llm = rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu")
+        with rustinfer.Server(llm, port=0) as server, RawConnection(server.port) as raw:
+            assert raw.request("GET", "/ready")[0] == 200
+            llm.close()
+            assert raw.request("GET", "/ready")[::2] == (503, {"status": "failed", "model_loaded": False})
+            assert raw.request("POST", CHAT, chat_body())[0] == 503
+
     def test_the_model_outlives_its_server(self, tiny_llm):
         with rustinfer.Server(tiny_llm, port=0):
             pass
