@@ -2211,6 +2211,7 @@ class KernelCompiler:
     # -ffp-contract=off: what is fused is spelled out (fma_vec), so that every sum has one result
     FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fPIC", "-shared", "-fvisibility=hidden", "-pthread")
     TIMEOUT = 300  # seconds
+    _scratch: Path | None = None
 
     def __init__(self, folder: Path):
         self._sources = sorted(folder.glob("*.c"))
@@ -2260,15 +2261,15 @@ class KernelCompiler:
 
     def library(self) -> Path:
         """The path of the library, compiled unless an earlier start left it whole: its name ends in its digest."""
-        folder = self._cache_folder()
         try:
+            folder = self._cache_folder()
             for path in folder.glob(f"kernels-{self._key}-*.so"):
                 if path.name == self._name(path):
                     return path
                 path.unlink(missing_ok=True)  # loaded, it could kill the process
             return self._compile(folder)
         except OSError as error:
-            raise KernelError(f"{folder}: {error.strerror}") from None
+            raise KernelError(f"there is no place to keep them: {shorten(str(error))}") from None
 
     def _name(self, path: Path) -> str:
         return f"kernels-{self._key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
@@ -2284,8 +2285,8 @@ class KernelCompiler:
             partial.unlink(missing_ok=True)
         return path
 
-    @staticmethod
-    def _cache_folder() -> Path:
+    @classmethod
+    def _cache_folder(cls) -> Path:
         """A folder that is ours alone: code is loaded from it. Without a home, one for this process."""
         try:
             folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rustinfer"
@@ -2295,9 +2296,11 @@ class KernelCompiler:
                 return folder
         except (OSError, RuntimeError):
             pass
-        scratch = tempfile.TemporaryDirectory(prefix="rustinfer-")
-        atexit.register(scratch.cleanup)
-        return Path(scratch.name)
+        if cls._scratch is None or not cls._scratch.is_dir():  # a forked process removes it when it ends
+            scratch = tempfile.TemporaryDirectory(prefix="rustinfer-")
+            atexit.register(scratch.cleanup)
+            cls._scratch = Path(scratch.name)
+        return cls._scratch
 
 
 def open_kernels(path: Path) -> ctypes.CDLL:

@@ -8,6 +8,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -282,11 +283,15 @@ def test_cache_that_is_not_ours_alone_is_not_used(sources, cache, monkeypatch, m
     assert (names_in(cache) if cache.is_dir() else None) == before
 
 
-def test_private_folder_ends_with_the_process(sources, cache):
+def test_private_folder_is_one_for_the_process_and_ends_with_it(sources, cache):
     a_file_above_it(cache, None)
-    code = "import sys, pathlib, rustinfer; print(rustinfer.KernelCompiler(pathlib.Path(sys.argv[1])).library())"
-    path = Path(run_python(code, sources).strip())
-    assert path.name.startswith("kernels-") and not path.parent.exists()
+    code = """
+import sys, pathlib, rustinfer
+for _ in range(2):
+    print(rustinfer.KernelCompiler(pathlib.Path(sys.argv[1])).library())
+"""
+    first, second = map(Path, run_python(code, sources).split())
+    assert first == second and first.name.startswith("kernels-") and not first.parent.exists()
 
 
 @pytest.mark.parametrize("empty", [False, True], ids=["not set", "set to nothing"])
@@ -360,6 +365,13 @@ def with_no_sources(patch, folder):
     here(patch, folder)
 
 
+def with_no_folder_to_write_to(patch, folder):
+    (folder / "file").touch()
+    patch.setenv("XDG_CACHE_HOME", str(folder / "file"))
+    patch.setattr(KernelCompiler, "_scratch", None)
+    patch.setattr(tempfile, "tempdir", str(folder / "file"))
+
+
 def with_a_missing_compiler(patch, folder):
     patch.setenv("CC", "no-such-cc")
 
@@ -369,6 +381,7 @@ REASONS = {
     "no compiler": (with_an_empty_path, "there is no C compiler (cc, gcc or clang)"),
     "failing compiler": (with_failing_compiler, "failed: out of order"),
     "error in a source": (with_an_error_in_a_source, "seeded"),
+    "nowhere to write": (with_no_folder_to_write_to, "there is no place to keep them: "),
     "no folder": (here, "there is no folder kernels/ beside rustinfer.py"),
     "no sources": (with_no_sources, "kernels has no C files"),
 }
