@@ -675,10 +675,10 @@ class Tokenizer:
                     if not token.get("special") and (text in named or re.fullmatch(r"<\|.*\|>", text))]
         self.inner.add_special_tokens(
             [tokenizers.AddedToken(text, special=True, normalized=False) for text in unmarked])
-        self.special_ids = {self.inner.token_to_id(text) for text, token in known.items()
-                            if token.get("special") or text in unmarked}
-        self.specials = sorted((self.inner.id_to_token(i) for i in self.special_ids), key=len, reverse=True)
-        self._added = {token["id"]: token["content"] for token in added.values()}
+        self.specials = sorted((text for text, token in known.items() if token.get("special") or text in unmarked),
+                               key=len, reverse=True)
+        self.special_ids = {self.inner.token_to_id(text) for text in self.specials}
+        self._added = {self.inner.token_to_id(text): text for text in known}  # the library may tell them normalized
         self._special_pattern = re.compile("|".join(map(re.escape, self.specials)) or r"(?!)")
         beside = lambda text, side, spaces: spaces if known[text].get(side) else ""  # a token may swallow them
         self._rendered_pattern = re.compile("|".join(
@@ -755,7 +755,7 @@ class Tokenizer:
         if piece is None or token_id in self.special_ids:
             return b""
         if token_id in self._added:
-            return piece.encode()
+            return self._added[token_id].encode()
         if self.byte_level:
             known = [BYTES_OF_UNICODE.get(char) for char in piece]
             return piece.encode() if None in known else bytes(known)
@@ -764,7 +764,7 @@ class Tokenizer:
     def shown_bytes(self, token_id: int) -> bytes:
         """As `token_bytes`, but of a special token its spelling."""
         if token_id in self.special_ids:
-            return self.inner.id_to_token(token_id).encode()
+            return self._added[token_id].encode()
         return self.token_bytes(token_id)
 
     def is_byte(self, token_id: int) -> bool:

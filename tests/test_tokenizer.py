@@ -204,6 +204,18 @@ def test_rendered_specials_swallow_the_spaces_they_say(tmp_path, left, right):
         assert tokenizer.encode_rendered(text, "\ufdd0") == expected, text
 
 
+def test_special_tokens_may_be_marked_as_normalized(tmp_path):
+    def mark(spec):  # as the files of Llama 1 and of its kin have them
+        for token in spec["added_tokens"]:
+            token["normalized"] = True
+
+    tokenizer, original = changed_tokenizer(tmp_path, "llama2-untied", mark), TOKENIZERS["llama2-untied"]
+    text = "<s>the sea </s> and <s> the river"
+    assert tokenizer.specials == original.specials
+    assert tokenizer.encode_rendered(text, "\ufdd0") == original.encode_rendered(text, "\ufdd0")
+    assert tokenizer.encode(text) == original.encode(text) and tokenizer.shown_bytes(1) == b"<s>"
+
+
 def test_long_runs_of_spaces_cost_linear_time(tmp_path):
     def swallow(spec):
         for token in spec["added_tokens"]:
