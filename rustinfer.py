@@ -642,8 +642,8 @@ class Tokenizer:
         if not path.is_file():
             raise CheckpointError(f"{path}: not found; a model folder needs tokenizer.json")
         try:
-            self.inner = tokenizers.Tokenizer.from_file(str(path))
-            spec = json.loads(path.read_text(encoding="utf-8"))
+            source = path.read_text(encoding="utf-8")
+            self.inner, spec = tokenizers.Tokenizer.from_str(source), json.loads(source)
         except Exception as error:  # the library raises bare Exception
             raise CheckpointError(f"{path}: cannot be read as a tokenizer: {shorten(error)}") from None
         self.inner.no_truncation()
@@ -6426,7 +6426,8 @@ class Group:
 def default_model_name(model: str | os.PathLike | None, folder: Path) -> str:
     """A Hub id as it is; a folder by its name."""
     local = model is None or Path(model).expanduser().is_dir()
-    return folder.resolve().name if local else str(model)
+    name = folder.resolve().name if local else str(model)
+    return os.fsencode(name).decode(errors="replace")  # a folder's name need not be text, nor its locale UTF-8
 
 
 def default_sampling_params(folder: Path) -> SamplingParams:

@@ -404,6 +404,23 @@ with LLM(sys.argv[1], device="cpu") as llm:
     assert json.loads(out) == [text_of(tiny_llm), only(tiny_llm.chat(MESSAGES, max_tokens=5)).text]
 
 
+def test_a_folder_may_have_any_name_in_any_locale(tmp_path, tiny_llm):
+    code = """
+import os, sys
+from rustinfer import LLM
+
+with LLM(sys.argv[1], device="cpu") as llm:
+    os.write(1, llm.name.encode() + b" %d" % llm.generate("a", max_tokens=1, temperature=0)[0].outputs[0].token_ids[0])
+"""
+    wanted = only(tiny_llm.generate("a", max_tokens=1, temperature=0)).token_ids[0]
+    for name, shown, utf8 in (("mod\u00e8le un", "mod\u00e8le un", "0"), ("mod\udce8le", "mod\ufffdle", "1")):
+        folder = shutil.copytree(REFERENCES / "llama3-tied", tmp_path / name)
+        env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": utf8, "PYTHONCOERCECLOCALE": "0"}
+        done = subprocess.run([sys.executable, "-c", code, os.fsencode(folder)], cwd=ROOT, env=env, capture_output=True,
+                              timeout=60)
+        assert done.stdout.decode() == f"{shown} {wanted}", done.stderr
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_process_is_told_that_the_engine_is_not_there_and_may_have_its_own():
     code = """
