@@ -670,7 +670,7 @@ class Tokenizer:
         added = {token["content"]: token for token in spec.get("added_tokens") or []}
         named = {self.special_text(name) for name in ("bos_token", "eos_token", "pad_token")}
         ends = (self.special_text("bos_token"), self.special_text("eos_token"))  # these may be in the vocabulary only
-        known = added | {text: {} for text in ends if text not in added and self.inner.token_to_id(text) is not None}
+        known = {text: added.get(text, {}) for text in (*added, *ends) if self.inner.token_to_id(text) is not None}
         unmarked = [text for text, token in known.items()
                     if not token.get("special") and (text in named or re.fullmatch(r"<\|.*\|>", text))]
         self.inner.add_special_tokens(

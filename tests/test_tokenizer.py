@@ -216,6 +216,14 @@ def test_special_tokens_may_be_marked_as_normalized(tmp_path):
     assert tokenizer.encode(text) == original.encode(text) and tokenizer.shown_bytes(1) == b"<s>"
 
 
+def test_an_added_token_without_text_is_none(tmp_path):
+    def add(spec):
+        spec["added_tokens"].append({**spec["added_tokens"][0], "id": 9999, "content": ""})
+
+    tokenizer, original = changed_tokenizer(tmp_path, "smollm2", add), TOKENIZERS["smollm2"]
+    assert tokenizer.special_ids == original.special_ids and tokenizer.encode("the sea") == original.encode("the sea")
+
+
 def test_long_runs_of_spaces_cost_linear_time(tmp_path):
     def swallow(spec):
         for token in spec["added_tokens"]:
