@@ -4131,6 +4131,11 @@ class Handle:
         """Stop the request wherever it is; safe to call at any time, from any thread that does not hold `changed`."""
         self._engine.abort(self, reason)
 
+    def abandon(self) -> None:
+        """Stop the request before the next step, where it is not on hold. This takes no lock: the garbage collector may
+        end a forgotten stream in the middle of anything, on a thread that holds any of them."""
+        self._engine.abandon(self)
+
     def hold(self, on: bool) -> None:
         """Compute nothing and keep no blocks while `on`; from any thread that does not hold `changed`."""
         self._engine.hold(self, on)
@@ -4190,7 +4195,7 @@ class Engine:
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
         self._handles: dict[Sequence, Handle] = {}
-        self._aborted: list[tuple[Sequence, str]] = []  # who runs and shall end before the next step, and why
+        self._aborted: deque[tuple[Sequence, str]] = deque()  # who shall end before the next step, and why
         self._next_id, self._failures, self._closing = 0, 0, False
         self._process = os.getpid()  # a forked one has no engine thread, and perhaps a lock that nobody releases
         self._thread = threading.Thread(target=self._loop, name="rustinfer-engine", daemon=True)
@@ -4265,6 +4270,10 @@ class Engine:
                 else:
                     self._aborted.append((handle.seq, reason))
                     self._work.notify()
+
+    def abandon(self, handle: Handle) -> None:
+        """Ask for the end of a request that waits or runs: with such a one the loop goes on and will see it."""
+        self._aborted.append((handle.seq, "abort"))
 
     def hold(self, handle: Handle, on: bool) -> None:
         """Put a request aside before the next step, or let it go on."""
@@ -4360,10 +4369,10 @@ class Engine:
         return step
 
     def _drop_aborted(self) -> None:
-        for seq, reason in self._aborted:
+        while self._aborted:
+            seq, reason = self._aborted.popleft()
             if seq in self._handles:  # it may have ended by itself, or be asked for twice
                 self._end(seq, reason)
-        self._aborted.clear()
 
     def _run(self, step: Step) -> Any:
         return self._runner.launch(step)
@@ -6618,7 +6627,7 @@ class LLM:
                         yield Piece("", index, (), answer.finish_reason)
         finally:
             for answer in running.values():
-                answer.handle.abort()
+                answer.handle.abandon()
 
 
 # ==============================================================================
