@@ -8009,7 +8009,10 @@ def serve(settings: dict[str, Any]) -> int:
 
 
 def main(argv: Seq[str] | None = None) -> int:
-    """Run the server; 0 after a clean shutdown, 1 if it could not serve, 2 for a wrong flag."""
+    """Run the server; 0 after a clean shutdown, 1 if it could not serve, 2 for a wrong flag.
+
+    For the main thread of a process that does nothing else: it takes the signals and keeps them. Programs use Server.
+    """
     share_arena()  # before the first thread takes a heap
     handler = None
     try:
