@@ -7305,7 +7305,7 @@ class Server:
         self.errors: Counter[str] = Counter()  # answers by code
         self._jobs: set[Job] = set()
         self._recent: deque[tuple[Client, dict]] = deque(maxlen=64)  # jobs that ended, oldest first
-        self._index = Page((find_data("web") or HERE) / "index.html")
+        self._index = Page((find_data("web") or HERE / "web") / "index.html")
         self._http = HTTPServer(self, config.host, config.port, config.max_connections, self._tls_context())
         self._watcher = Watcher()
         self.host, self.port = config.host, self._http.server_port

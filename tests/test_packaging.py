@@ -52,6 +52,7 @@ def lone_file(tmp_path):
 
 def test_lone_file_serves_a_model_folder(lone_file):
     folder = REFERENCES / "smollm2"
+    (lone_file.parent / "index.html").write_text("a page of the program, not ours to show")
     with ServerProcess("--device", "cpu", model=folder, script=lone_file, cwd=lone_file.parent) as server:
         status, _, body = server.chat("Hello", max_tokens=4)
         assert status == 200 and body["usage"]["completion_tokens"] == 4
