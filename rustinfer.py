@@ -90,6 +90,7 @@ import psutil
 import safetensors
 import threadpoolctl
 import tokenizers
+from numpy.random import default_rng  # now: imported while a model loads it would swallow what a signal raises
 
 __version__ = "0.1.0"
 __all__ = ["LLM", "Server", "SamplingParams", "EngineConfig", "RustinferError", "main"]
@@ -1426,7 +1427,7 @@ class ArrayBackend:
         """
         if not self.batch_invariant:
             return
-        rng = np.random.default_rng(0)
+        rng = default_rng(0)
         draw = lambda *shape: self.to_device(rng.standard_normal(shape, np.float32))
         probes = {(192 + (stop - start) % 192, width) for height, width in shapes
                   for start, stop in self._parts(height, width)}
@@ -2549,7 +2550,7 @@ def probe_model(model: ModelConfig) -> ModelConfig:
 
 def run_probe(backend: ArrayBackend, config: ModelConfig, block_size: int, pieces: list[tuple[int, int]]) -> np.ndarray:
     """The logits of a sequence that is computed in pieces [start, stop), with random weights."""
-    rng, c = np.random.default_rng(0), config
+    rng, c = default_rng(0), config
     query, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
     def weight(*heights: int, width: int = c.hidden_size) -> Any:  # bfloat16: either sign, 1/64 to 1/16

@@ -119,6 +119,11 @@ def test_a_signal_while_the_model_loads_ends_with_0(tmp_path):
         assert "Traceback" not in server.log
 
 
+def test_what_swallows_the_exception_of_a_signal_is_imported_before_one_is_awaited():
+    code = "import sys, rustinfer; sys.exit('numpy.random._generator' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=30).returncode == 0
+
+
 @pytest.mark.parametrize("delay", [0.05, 0.2, 0.35, 0.5])
 def test_a_signal_at_any_moment_of_the_start_leaves_no_traceback(delay):
     command = [sys.executable, str(ROOT / "rustinfer.py"), "--model", str(REFERENCES / "llama3-tied"), "--port", "0",
