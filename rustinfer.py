@@ -4497,6 +4497,11 @@ class Field(NamedTuple):
     above: bool = False  # low itself is not allowed
 
 
+def by_name(*fields: Field) -> dict[str, Field]:
+    """A table of the fields that an object may have."""
+    return {field.name: field for field in fields}
+
+
 SHARED_FIELDS = (  # of every route that generates
     Field("model", "string"),
     Field("stream", "boolean"),
@@ -4519,7 +4524,8 @@ SHARED_FIELDS = (  # of every route that generates
     Field("structured_outputs", "object"),
     Field("min_tokens", "integer", 0, 1 << 31),
 )
-CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
+CHAT_FIELDS = by_name(
+    *SHARED_FIELDS,
     Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
     Field("max_completion_tokens", "integer", 1, 1 << 31),
     Field("logprobs", "boolean"),
@@ -4543,23 +4549,21 @@ CHAT_FIELDS = {f.name: f for f in SHARED_FIELDS + (
     Field("web_search_options", "unsupported"), Field("prompt_cache_key", "unsupported"),
     Field("prompt_cache_retention", "unsupported"), Field("prompt_cache_options", "unsupported", neutral=(None, {})),
     Field("safety_identifier", "unsupported"), Field("moderation", "unsupported"),
-)}
-QUERY_FIELDS = {**CHAT_FIELDS, "api_key": Field("api_key", "string")}  # EventSource sends no headers
-COMPLETION_FIELDS = {f.name: f for f in SHARED_FIELDS + (
+)
+QUERY_FIELDS = CHAT_FIELDS | by_name(Field("api_key", "string"))  # EventSource sends no headers
+COMPLETION_FIELDS = by_name(
+    *SHARED_FIELDS,
     Field("prompt", "any", neutral=()),
     Field("echo", "boolean"),
     Field("logprobs", "integer", 0, 5),
     Field("best_of", "unsupported", neutral=(None, 1)),
     Field("suffix", "unsupported", neutral=(None, "")),
-)}
-TEMPLATE_FIELDS = {f.name: f for f in (
-    Field("model", "string"), Field("messages", "array", 1, MAX_MESSAGES, neutral=()),
-    Field("tools", "array", 0, MAX_TOOLS),
-    Field("add_generation_prompt", "boolean"), Field("continue_final_message", "boolean"),
-    Field("chat_template_kwargs", "object"))}
-TOKENIZE_FIELDS = {**TEMPLATE_FIELDS, **{f.name: f for f in (
-    Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))}}
-DETOKENIZE_FIELDS = {f.name: f for f in (Field("model", "string"), Field("tokens", "array", 0, 1 << 20, neutral=()))}
+)
+TEMPLATE_FIELDS = {name: CHAT_FIELDS[name] for name in (
+    "model", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")}
+TOKENIZE_FIELDS = TEMPLATE_FIELDS | by_name(
+    Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))
+DETOKENIZE_FIELDS = by_name(Field("model", "string"), Field("tokens", "array", 0, 1 << 20, neutral=()))
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
               type(None): "null"}
 
@@ -4742,8 +4746,8 @@ def check_typed(value: Any, tables: dict[str, dict[str, Field]], where: str, def
     return given
 
 
-PART_FIELDS = {"text": {f.name: f for f in (  # by type
-    Field("type", "string"), Field("text", "string", neutral=()), Field("prompt_cache_breakpoint", "unsupported"))}}
+PART_FIELDS = {"text": by_name(  # by type
+    Field("type", "string"), Field("text", "string", neutral=()), Field("prompt_cache_breakpoint", "unsupported"))}
 
 
 def parse_content(content: Any, where: str, tables: dict[str, dict[str, Field]] = PART_FIELDS) -> str:
@@ -4755,7 +4759,7 @@ def parse_content(content: Any, where: str, tables: dict[str, dict[str, Field]] 
     return "\n".join(check_typed(part, tables, f"{where}[{index}]")["text"] for index, part in enumerate(content))
 
 
-MESSAGE_FIELDS = {f.name: f for f in (
+MESSAGE_FIELDS = by_name(
     Field("role", "string", neutral=()),
     Field("content", "any"),
     Field("refusal", "unsupported"), Field("audio", "unsupported"),
@@ -4763,21 +4767,21 @@ MESSAGE_FIELDS = {f.name: f for f in (
     Field("name", "string"), Field("function_call", "unsupported"),
     Field("tool_calls", "array", 1, MAX_CALLS, neutral=(None, [])),
     Field("tool_call_id", "string"),
-)}
-VARIABLE_FIELDS = {f.name: f for f in (  # what templates of Llama and of its kin ask for
+)
+VARIABLE_FIELDS = by_name(  # what templates of Llama and of its kin ask for
     Field("date_string", "string"), Field("tools_in_user_message", "boolean"), Field("enable_thinking", "boolean"),
-    Field("thinking", "boolean"))}
+    Field("thinking", "boolean"))
 MESSAGE_NAME = re.compile(r"[^\s<|\\/>]{1,64}")  # as OpenAI allows
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-FUNCTION_FIELDS = {f.name: f for f in (
+FUNCTION_FIELDS = by_name(
     Field("name", "string"), Field("description", "string"), Field("parameters", "object"),
-    Field("strict", "boolean"))}
-TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("function", "object"))}
-CALL_FIELDS = {**TOOL_FIELDS, "id": Field("id", "string"), "index": Field("index", "integer")}  # index: from a stream
-CALLED_FIELDS = {f.name: f for f in (  # clients that parse arguments send both forms back
-    Field("name", "string"), Field("arguments", "string"), Field("parsed_arguments", "any"))}
-ALLOWED_CHOICE_FIELDS = {f.name: f for f in (Field("type", "string"), Field("allowed_tools", "object"))}
-ALLOWED_FIELDS = {f.name: f for f in (Field("mode", "string"), Field("tools", "array", 1, MAX_TOOLS))}
+    Field("strict", "boolean"))
+TOOL_FIELDS = by_name(Field("type", "string"), Field("function", "object"))
+CALL_FIELDS = TOOL_FIELDS | by_name(Field("id", "string"), Field("index", "integer"))  # index: from a stream
+CALLED_FIELDS = by_name(  # clients that parse arguments send both forms back
+    Field("name", "string"), Field("arguments", "string"), Field("parsed_arguments", "any"))
+ALLOWED_CHOICE_FIELDS = by_name(Field("type", "string"), Field("allowed_tools", "object"))
+ALLOWED_FIELDS = by_name(Field("mode", "string"), Field("tools", "array", 1, MAX_TOOLS))
 TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 
 
@@ -5021,8 +5025,8 @@ def parse_stop(value: Any) -> tuple[str, ...]:
     return tuple(stops)
 
 
-STREAM_OPTIONS = {f.name: f for f in (
-    Field("include_usage", "boolean"), Field("include_obfuscation", "unsupported", neutral=(None, False)))}
+STREAM_OPTIONS = by_name(
+    Field("include_usage", "boolean"), Field("include_obfuscation", "unsupported", neutral=(None, False)))
 
 
 def parse_stream_options(given: dict) -> bool:
@@ -5057,12 +5061,12 @@ def parse_metadata(given: dict) -> dict[str, str]:
     return given
 
 
-RESPONSE_FORMAT_FIELDS = {"type": Field("type", "string"), "json_schema": Field("json_schema", "object")}
-SCHEMA_FIELDS = {f.name: f for f in (Field("name", "string"), Field("description", "string"), Field("schema", "object"),
-                                     Field("strict", "boolean"))}
-STRUCTURE_FIELDS = {f.name: f for f in (  # as vLLM spells them
+RESPONSE_FORMAT_FIELDS = by_name(Field("type", "string"), Field("json_schema", "object"))
+SCHEMA_FIELDS = by_name(
+    Field("name", "string"), Field("description", "string"), Field("schema", "object"), Field("strict", "boolean"))
+STRUCTURE_FIELDS = by_name(  # as vLLM spells them
     Field("json", "any"), Field("regex", "string"), Field("choice", "array", 1, 1024), Field("grammar", "string"),
-    Field("json_object", "boolean", neutral=(None, False)))}
+    Field("json_object", "boolean", neutral=(None, False)))
 
 
 def parse_response_format(given: dict) -> Structure | None:
@@ -5483,7 +5487,7 @@ NO_REASONING = {"effort": None, "summary": None}  # as every response says
 RESPONSE_FIELDS = {name: CHAT_FIELDS[name] for name in (
     *PASSED_OVER, "stream_options", "tools", "tool_choice", "store", "service_tier", "moderation", "prompt_cache_key",
     "prompt_cache_retention", "safety_identifier")}
-RESPONSE_FIELDS |= {f.name: f for f in (
+RESPONSE_FIELDS |= by_name(
     Field("input", "any", neutral=()),
     Field("instructions", "string"),
     Field("max_output_tokens", "integer", 1, 1 << 31),
@@ -5494,32 +5498,32 @@ RESPONSE_FIELDS |= {f.name: f for f in (
     Field("reasoning", "unsupported", neutral=(None, {}, {"effort": "none"}, {"effort": None}, NO_REASONING)),
     *(Field(name, "unsupported") for name in (
         "previous_response_id", "conversation", "prompt", "max_tool_calls", "context_management", "image",
-        "prompt_cache_options", "access_programs", "background_options", "prompt_cache_diagnostics")))}
+        "prompt_cache_options", "access_programs", "background_options", "prompt_cache_diagnostics")))
 ITEM_FIELDS = {  # by type; of what an answer gave, ids and statuses come back and mean nothing here
-    "message": {f.name: f for f in (
+    "message": by_name(
         Field("type", "string"), Field("role", "string"), Field("content", "any", neutral=()), Field("id", "string"),
-        Field("status", "string"), Field("phase", "unsupported"))},
-    "function_call": {f.name: f for f in (
+        Field("status", "string"), Field("phase", "unsupported")),
+    "function_call": by_name(
         Field("type", "string"), Field("call_id", "string"), Field("name", "string", neutral=()),
         Field("arguments", "string", neutral=()), Field("id", "string"), Field("status", "string"),
         Field("namespace", "unsupported"), Field("caller", "unsupported"),
-        Field("async", "unsupported", neutral=(None, False)))},
-    "function_call_output": {f.name: f for f in (
+        Field("async", "unsupported", neutral=(None, False))),
+    "function_call_output": by_name(
         Field("type", "string"), Field("call_id", "string"), Field("output", "any", neutral=()), Field("id", "string"),
         Field("name", "string"), Field("status", "string"), Field("namespace", "unsupported"),
-        Field("caller", "unsupported"))}}
-TEXT_PART_FIELDS = dict.fromkeys(("input_text", "output_text"), {
-    **PART_FIELDS["text"], "annotations": Field("annotations", "any"), "logprobs": Field("logprobs", "any")})
-RESPONSE_TOOL_FIELDS = {**FUNCTION_FIELDS, **{f.name: f for f in (
+        Field("caller", "unsupported"))}
+TEXT_PART_FIELDS = dict.fromkeys(("input_text", "output_text"), PART_FIELDS["text"] | by_name(
+    Field("annotations", "any"), Field("logprobs", "any")))
+RESPONSE_TOOL_FIELDS = FUNCTION_FIELDS | by_name(
     Field("type", "string"), Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("async", "unsupported", neutral=(None, False)),
-    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))}}
-NAMED_TOOL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("name", "string", neutral=()))}
-ALLOWED_TOOLS_FIELDS = {**ALLOWED_FIELDS, "type": Field("type", "string")}
-TEXT_FIELDS = {f.name: f for f in (
+    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])), Field("output_schema", "unsupported"))
+NAMED_TOOL_FIELDS = by_name(Field("type", "string"), Field("name", "string", neutral=()))
+ALLOWED_TOOLS_FIELDS = ALLOWED_FIELDS | by_name(Field("type", "string"))
+TEXT_FIELDS = by_name(
     Field("format", "object", neutral=(None, {"type": "text"})),
-    Field("verbosity", "unsupported", neutral=(None, "medium")))}
-FORMAT_FIELDS = {**SCHEMA_FIELDS, "type": Field("type", "string")}
+    Field("verbosity", "unsupported", neutral=(None, "medium")))
+FORMAT_FIELDS = SCHEMA_FIELDS | by_name(Field("type", "string"))
 STREAM_FIELDS = {"include_obfuscation": STREAM_OPTIONS["include_obfuscation"]}
 LOGPROBS_INCLUDED = "message.output_text.logprobs"
 
@@ -5761,7 +5765,7 @@ class ResponseReply(Reply):
 
 CACHE_CONTROL = Field("cache_control", "object")  # prefixes are cached without being asked
 MESSAGES_FIELDS = {name: CHAT_FIELDS[name] for name in ("model", "messages", "stream", "top_p", "tools", "metadata")}
-MESSAGES_FIELDS |= {f.name: f for f in (
+MESSAGES_FIELDS |= by_name(
     Field("max_tokens", "integer", 1, 1 << 31, neutral=()),
     Field("system", "any"),
     Field("stop_sequences", "array", 0, MAX_STOPS),
@@ -5775,34 +5779,34 @@ MESSAGES_FIELDS |= {f.name: f for f in (
     Field("speed", "unsupported", neutral=(None, "standard")),
     *(Field(name, "unsupported") for name in (
         "container", "diagnostics", "inference_geo", "user_profile_id", "workspace_id", "mcp_servers",
-        "context_management", "thread")))}
+        "context_management", "thread")))
 COUNT_FIELDS = {name: field for name, field in MESSAGES_FIELDS.items() if name in (
     "model", "messages", "system", "tools", "tool_choice", "thinking", "output_config", "cache_control", "speed",
     "user_profile_id", "workspace_id", "mcp_servers", "context_management")}
-TURN_FIELDS = {f.name: f for f in (Field("role", "string"), Field("content", "any"))}
+TURN_FIELDS = by_name(Field("role", "string"), Field("content", "any"))
 BLOCK_FIELDS = {  # by type
-    "text": {f.name: f for f in (
+    "text": by_name(
         Field("type", "string"), Field("text", "string", neutral=()), CACHE_CONTROL,
-        Field("citations", "unsupported", neutral=(None, [])))},
-    "tool_use": {f.name: f for f in (
+        Field("citations", "unsupported", neutral=(None, []))),
+    "tool_use": by_name(
         Field("type", "string"), Field("id", "string"), Field("name", "string", neutral=()), Field("input", "object"),
         CACHE_CONTROL, Field("caller", "unsupported", neutral=(None, {"type": "direct"})),
-        Field("toolset_name", "unsupported"))},
-    "tool_result": {f.name: f for f in (
+        Field("toolset_name", "unsupported")),
+    "tool_result": by_name(
         Field("type", "string"), Field("tool_use_id", "string"), Field("content", "any"), Field("is_error", "boolean"),
-        CACHE_CONTROL, Field("toolset_name", "unsupported"))}}
-MESSAGE_TOOL_FIELDS = {f.name: f for f in (
+        CACHE_CONTROL, Field("toolset_name", "unsupported"))}
+MESSAGE_TOOL_FIELDS = by_name(
     Field("type", "string"), Field("name", "string"), Field("description", "string"),
     Field("input_schema", "object"), Field("strict", "boolean"), CACHE_CONTROL,
     Field("eager_input_streaming", "unsupported", neutral=(None, False)),
     Field("defer_loading", "unsupported", neutral=(None, False)),
     Field("input_examples", "unsupported", neutral=(None, [])),
-    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])))}
-CHOICE_FIELDS = {f.name: f for f in (
-    Field("type", "string"), Field("name", "string"), Field("disable_parallel_tool_use", "boolean"))}
-OUTPUT_FIELDS = {f.name: f for f in (Field("format", "object"), Field("effort", "unsupported"))}
-MESSAGE_FORMAT_FIELDS = {f.name: f for f in (Field("type", "string"), Field("schema", "object"))}
-CONTROL_FIELDS = {f.name: f for f in (Field("type", "string"), Field("ttl", "string"))}
+    Field("allowed_callers", "unsupported", neutral=(None, ["direct"])))
+CHOICE_FIELDS = by_name(
+    Field("type", "string"), Field("name", "string"), Field("disable_parallel_tool_use", "boolean"))
+OUTPUT_FIELDS = by_name(Field("format", "object"), Field("effort", "unsupported"))
+MESSAGE_FORMAT_FIELDS = by_name(Field("type", "string"), Field("schema", "object"))
+CONTROL_FIELDS = by_name(Field("type", "string"), Field("ttl", "string"))
 MESSAGE_ERRORS = {  # Anthropic's names of errors, by status
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
@@ -5942,7 +5946,7 @@ def parse_message(values: dict, defaults: SamplingParams, fields: dict[str, Fiel
             raise APIError(f"output_config.format.type is {shorten(kind)}; json_schema is supported",
                            "output_config.format.type", code="unsupported_value")
         chat["response_format"] = {"type": kind, "json_schema": {"name": "answer", **schema}}
-    user = check_fields(given.get("metadata", {}), {"user_id": Field("user_id", "string")}, "metadata.")
+    user = check_fields(given.get("metadata", {}), by_name(Field("user_id", "string")), "metadata.")
     chat |= {"user": user["user_id"]} if user else {}
     renamed = {"tools": "tools", "response_format": "output_config.format", "stop": "stop_sequences",
                "response_format.json_schema": "output_config.format", **{
@@ -6125,9 +6129,9 @@ class Client:
         return headers
 
 
-KEY_FIELDS = {f.name: f for f in (
+KEY_FIELDS = by_name(
     Field("name", "string"), Field("key", "string"), Field("requests_per_minute", "integer", 1, 10**9),
-    Field("tokens_per_minute", "integer", 1, 10**12), Field("max_concurrent_requests", "integer", 1, 10**6))}
+    Field("tokens_per_minute", "integer", 1, 10**12), Field("max_concurrent_requests", "integer", 1, 10**6))
 
 
 def read_key_file(path: str) -> Iterator[tuple[str, str, dict]]:
