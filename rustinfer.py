@@ -4565,12 +4565,12 @@ TOKENIZE_FIELDS = TEMPLATE_FIELDS | by_name(
     Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))
 DETOKENIZE_FIELDS = by_name(Field("model", "string"), Field("tokens", "array", 0, 1 << 20, neutral=()))
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
-              type(None): "null"}
+              type(None): "null"}  # a bool is an int, too
 
 
 def type_name(value: Any) -> str:
-    """The JSON type of a value; of what a program may pass and JSON has not, the Python type."""
-    return TYPE_NAMES.get(type(value), type(value).__name__)
+    """A value's type as JSON calls it; from a program there may be others, by Python's names."""
+    return next((name for kind, name in TYPE_NAMES.items() if isinstance(value, kind)), type(value).__name__)
 
 
 def limits_of(field: Field) -> dict[str, float]:

@@ -3,6 +3,7 @@ import gc
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -76,6 +77,17 @@ def test_chat_answers_the_rendered_conversation(tiny_llm):
     expected = only(tiny_llm.generate({"prompt_token_ids": tiny_llm.template.encode(MESSAGES)}, **GREEDY))
     assert only(tiny_llm.chat(MESSAGES, **GREEDY)) == expected
     assert [only([output]) for output in tiny_llm.chat([MESSAGES, MESSAGES], **GREEDY)] == [expected] * 2
+
+
+def test_chat_takes_a_streamed_piece_as_text_and_names_what_is_no_message(tiny_llm):
+    talk = lambda text: [*MESSAGES, {"role": "assistant", "content": text}, {"role": "user", "content": "Go on"}]
+    assert only(tiny_llm.chat(talk(Piece("Hello")), **GREEDY)) == only(tiny_llm.chat(talk("Hello"), **GREEDY))
+    for wrong, problem in [
+            (("user", "Hello"), "messages[0] is of type string; object is expected"),
+            ({"role": b"user", "content": "Hello"}, "messages[0].role is of type bytes; string is expected"),
+            ({"role": "user", "content": ("Hello",)}, "messages[0].content must be a string or a list of text parts")]:
+        with pytest.raises(RustinferError, match=re.escape(problem)):
+            tiny_llm.chat([wrong])
 
 
 @pytest.mark.parametrize("prompts", [TEXT, [TEXT, "There is a library", [50, 51, 52]]], ids=["one", "three"])
