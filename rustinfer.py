@@ -4703,18 +4703,22 @@ def parse_query(query: str, fields: dict[str, Field]) -> dict:
     return values
 
 
-def check_type(name: str, value: Any, field: Field) -> None:
-    kind = type_name(value)
-    if field.kind != "any" and kind != field.kind and (field.kind, kind) != ("number", "integer"):
-        raise InvalidTypeError(f"{name} is of type {kind}; {field.kind} is expected", name)
+def check_type(name: str, value: Any, kind: str) -> None:
+    found = type_name(value)
+    if kind != "any" and found != kind and (kind, found) != ("number", "integer"):
+        raise InvalidTypeError(f"{name} is of type {found}; {kind} is expected", name)
+
+
+def check_range(name: str, value: Any, field: Field) -> None:
     size = len(value) if isinstance(value, list) else value
     if field.low is not None and not field.low <= size <= field.high:
         what = "has {} entries" if isinstance(value, list) else "is {}"
         raise APIError(f"{name} {what.format(shorten(size))}; from {field.low:g} to {field.high:g} is allowed", name)
 
 
-def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> dict:
-    """The fields that ask for something, each of its type and in its range; unknown ones are errors."""
+def check_fields(values: Any, fields: dict[str, Field], prefix: str = "") -> dict:
+    """An object's fields that ask for something, each of its type and in its range; unknown ones are errors."""
+    check_type(prefix.removesuffix("."), values, "object")
     checked = {}
     for name, value in values.items():
         field = fields.get(name)
@@ -4726,7 +4730,8 @@ def check_fields(values: dict, fields: dict[str, Field], prefix: str = "") -> di
         if field.kind == "unsupported":
             shown = shorten(json.dumps(value))
             raise UnsupportedError(f"{prefix}{name} is {shown}; this server does not support it yet", prefix + name)
-        check_type(prefix + name, value, field)
+        check_type(prefix + name, value, field.kind)
+        check_range(prefix + name, value, field)
         checked[name] = value
     return checked
 
@@ -4818,8 +4823,6 @@ def parse_messages(messages: list) -> list[dict]:
     parsed, called = [], {}
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise InvalidTypeError(f"{where} is of type {type_name(message)}; object is expected", where)
         given = check_fields(message, MESSAGE_FIELDS, where + ".")
         role = given.get("role")
         if role not in ROLES:
@@ -5102,13 +5105,12 @@ def parse_structured_outputs(given: dict) -> Structure:
         if not all(isinstance(text, str) and text for text in value):
             raise InvalidTypeError(f"{param} must hold strings that are not empty", param)
         return Structure("regex", "|".join(re.escape(text) for text in value), param)
-    if name == "json" and not isinstance(value, (dict, str)):
-        raise InvalidTypeError(f"{param} is of type {type_name(value)}; object is expected", param)
-    if name == "json" and isinstance(value, str):
-        value = parse_json(value.encode(), param=param)
-    return {"json": Structure("json", value, param), "regex": Structure("regex", value, param),
-            "grammar": Structure("lark", value, param),
-            "json_object": Structure("json", {"type": "object"}, param)}[name]
+    if name == "json":
+        value = parse_json(value.encode(), param=param) if isinstance(value, str) else value
+        check_type(param, value, "object")
+    if name == "json_object":
+        return Structure("json", {"type": "object"}, param)
+    return Structure("lark" if name == "grammar" else name, value, param)
 
 
 def move_references(value: Any, place: str) -> Any:
@@ -5877,8 +5879,6 @@ def turn_messages(turns: list, system: Any) -> list[dict]:
     messages = [] if system is None else [{"role": "system", "content": joined_text(system, "system")}]
     for index, turn in enumerate(turns):
         where = f"messages[{index}]"
-        if not isinstance(turn, dict):
-            raise InvalidTypeError(f"{where} is of type {type_name(turn)}; object is expected", where)
         given = check_fields(turn, TURN_FIELDS, where + ".")
         role, place = given.get("role"), where + ".content"
         if role == "user":
