@@ -4988,6 +4988,7 @@ class ToolStream:
     START = re.compile(r"""(\[\s{0,9})? \{\s{0,9} "(name|type|id|parameters|arguments)" \s{0,9}:  # JSON
                            | \[\s{0,9} [A-Za-z_][\w.-]{0,63} \(  # [f(...""", re.VERBOSE)
     STRICT_START = re.compile(r'(\[\s{0,9})?\{"name": "[\w.-]{1,64}", "(parameters|arguments)": ', re.ASCII)
+    BRACKET = re.compile(r"[{\[]")  # near the end it may grow into a call
     TAIL = 128  # characters in which a call's beginning may still be incomplete: more than START can take
 
     def __init__(self, rules: CallRules):
@@ -5001,14 +5002,10 @@ class ToolStream:
         self._held += text
         if self._is_call:
             return ""
-        match = self._start.search(self._held)
-        self._is_call = match is not None
-        if self._is_call:
-            stop = match.start()
-        else:  # a bracket near the end may grow into a call
-            brackets = [at for mark in "{[" if (at := self._held.find(mark, max(0, len(self._held) - self.TAIL))) >= 0]
-            stop = min(brackets, default=len(self._held))
-        stop = len(self._held[:stop].rstrip())
+        call = self._start.search(self._held)
+        self._is_call = call is not None
+        kept = call or self.BRACKET.search(self._held, max(0, len(self._held) - self.TAIL))
+        stop = len(self._held[: kept.start() if kept else None].rstrip())
         shown, self._held = self._held[:stop], self._held[stop:]
         return shown
 
@@ -5169,7 +5166,8 @@ def parse_structure(given: dict, tools: Seq[dict] = (), forced: Seq[dict] = ()) 
             return wanted._replace(source=call_schema(tools, [wanted.source])) if tools else wanted
     if "structured_outputs" in given:
         return parse_structured_outputs(given["structured_outputs"])
-    return Structure("calls", call_beginnings(tools), strict_tool(tools)) if strict_tool(tools) else None
+    strict = strict_tool(tools)
+    return Structure("calls", call_beginnings(tools), strict) if strict else None
 
 
 @dataclass(frozen=True)
