@@ -6664,10 +6664,6 @@ class HTTPError(APIError):
     """A request that is broken as HTTP: the answer closes the connection."""
 
 
-def http_error(status: int, code: str, message: str, **options: Any) -> HTTPError:
-    return HTTPError(message, status=status, code=code, **options)
-
-
 class Disconnected(Exception):
     """The client is gone, or silent for too long between requests: nobody to answer."""
 
@@ -6710,13 +6706,13 @@ class HTTPReader:
                 continue
             self._check_head(len(self.buffer))
             if b"\n\n" in self.buffer:
-                raise http_error(400, "invalid_value", "the lines of a request's head must end in CR LF")
+                raise HTTPError("the lines of a request's head must end in CR LF")
             searched = len(self.buffer)
             try:
                 self._fill(deadline)
             except TimeoutError:
-                raise http_error(408, "request_timeout",
-                                 f"the request's head took longer than {HEAD_TIMEOUT:g} s") from None
+                raise HTTPError(f"the request's head took longer than {HEAD_TIMEOUT:g} s",
+                                status=408, code="request_timeout") from None
         self._check_head(end)
         lines = bytes(self.buffer[:end]).split(b"\r\n")
         del self.buffer[: end + 4]
@@ -6725,9 +6721,9 @@ class HTTPReader:
     def _check_head(self, size: int) -> None:
         line = self.buffer.find(b"\r\n", 0, size)
         if (size if line < 0 else line) > MAX_LINE:
-            raise http_error(414, "uri_too_long", f"the request line is longer than {MAX_LINE} bytes")
+            raise HTTPError(f"the request line is longer than {MAX_LINE} bytes", status=414, code="uri_too_long")
         if size > MAX_HEAD:
-            raise http_error(431, "headers_too_large", f"the headers are longer than {MAX_HEAD} bytes")
+            raise HTTPError(f"the headers are longer than {MAX_HEAD} bytes", status=431, code="headers_too_large")
 
     def line(self, limit: int, deadline: float) -> bytes:
         """A line of chunked coding, without its CRLF."""
@@ -6736,7 +6732,7 @@ class HTTPReader:
                 break
             self._fill(deadline)
         if not 0 <= end <= limit:
-            raise http_error(400, "invalid_value", f"a line of the chunked body is longer than {limit} bytes")
+            raise HTTPError(f"a line of the chunked body is longer than {limit} bytes")
         line = bytes(self.buffer[:end])
         del self.buffer[: end + 2]
         return line
@@ -6765,13 +6761,13 @@ class HTTPRequest:
     def parse(cls, lines: list[bytes]) -> HTTPRequest:
         match = REQUEST_LINE.fullmatch(lines[0])
         if not match:
-            raise http_error(400, "invalid_value", "the request line is not METHOD TARGET HTTP/1.1")
+            raise HTTPError("the request line is not METHOD TARGET HTTP/1.1")
         method, target, version = match[1].decode(), match[2].decode(), (int(match[3]), int(match[4]))
         if version not in ((1, 0), (1, 1)):
-            raise http_error(505, "invalid_value", "HTTP/1.0 and HTTP/1.1 are supported")
+            raise HTTPError("HTTP/1.0 and HTTP/1.1 are supported", status=505)
         path, _, query = re.sub(r"\Ahttps?://[^/?#]+/?", "/", target, flags=re.IGNORECASE).partition("?")
         if not (path.startswith("/") or (target, method) == ("*", "OPTIONS")) or "#" in target:
-            raise http_error(400, "invalid_value", "the request target must be a path")
+            raise HTTPError("the request target must be a path")
         request = cls(method, path, query, version, cls._headers(lines[1:]))
         request._read_framing()
         return request
@@ -6779,33 +6775,32 @@ class HTTPRequest:
     @staticmethod
     def _headers(lines: list[bytes]) -> dict[str, str]:
         if len(lines) > MAX_HEADERS:
-            raise http_error(431, "headers_too_large",
-                             f"there are {len(lines)} header fields; {MAX_HEADERS} are allowed")
+            raise HTTPError(f"there are {len(lines)} header fields; {MAX_HEADERS} are allowed",
+                            status=431, code="headers_too_large")
         headers: dict[str, str] = {}
         for line in lines:
             match = HEADER_LINE.fullmatch(line)
             if not match:
-                raise http_error(400, "invalid_value", "a header line is not NAME: VALUE")
+                raise HTTPError("a header line is not NAME: VALUE")
             name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
             if name in headers and name in SINGLE_HEADERS:
-                raise http_error(400, "invalid_value", f"header {name} appears twice")
+                raise HTTPError(f"header {name} appears twice")
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         return headers
 
     def _read_framing(self) -> None:
         length, coding = self.headers.get("content-length"), self.headers.get("transfer-encoding")
         if self.version == (1, 1) and not re.fullmatch(r"[!-~]+", self.headers.get("host", "")):
-            raise http_error(400, "invalid_value", "HTTP/1.1 needs exactly one Host header")
+            raise HTTPError("HTTP/1.1 needs exactly one Host header")
         if coding is not None:
             if length is not None or self.version == (1, 0):
-                raise http_error(400, "invalid_value",
-                                 "Transfer-Encoding is not allowed with Content-Length or HTTP/1.0")
+                raise HTTPError("Transfer-Encoding is not allowed with Content-Length or HTTP/1.0")
             if coding.lower() != "chunked":
-                raise http_error(501, "unsupported_value", "Transfer-Encoding must be chunked")
+                raise HTTPError("Transfer-Encoding must be chunked", status=501, code="unsupported_value")
             self.chunked = True
         elif length is not None:
             if not re.fullmatch(r"[0-9]{1,18}", length, re.ASCII):
-                raise http_error(400, "invalid_value", "Content-Length must be one decimal number")
+                raise HTTPError("Content-Length must be one decimal number")
             self.content_length = int(length)
 
     @property
@@ -6969,8 +6964,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """The whole body, within limits; asks a waiting client to send it."""
         request, deadline = self.http, time.monotonic() + BODY_TIMEOUT
         if request.content_length > MAX_BODY:
-            raise http_error(413, "request_too_large",
-                             f"the body has {request.content_length} bytes; {MAX_BODY} are allowed")
+            raise HTTPError(f"the body has {request.content_length} bytes; {MAX_BODY} are allowed",
+                            status=413, code="request_too_large")
         expected = request.headers.get("expect", "").lower() == "100-continue" and request.version == (1, 1)
         if expected and not self.reader.buffer:
             self._send(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -6978,8 +6973,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             size = request.content_length
             body = self._read_chunks(deadline) if request.chunked else self.reader.exactly(size, deadline)
         except TimeoutError:
-            raise http_error(408, "request_timeout",
-                             f"the request's body took longer than {BODY_TIMEOUT:g} s") from None
+            raise HTTPError(f"the request's body took longer than {BODY_TIMEOUT:g} s",
+                            status=408, code="request_timeout") from None
         self.body_read = True
         return body
 
@@ -6989,22 +6984,22 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             size, _, extension = self.reader.line(1024, deadline).partition(b";")
             legal = re.fullmatch(rb"[0-9A-Fa-f]{1,8}", size.rstrip(b" \t"))
             if not legal or re.search(rb"[\x00-\x08\x0a-\x1f\x7f]", extension):
-                raise http_error(400, "invalid_value", "a chunk size of the body is not a hexadecimal number")
+                raise HTTPError("a chunk size of the body is not a hexadecimal number")
             count = int(size, 16)
             if len(body) + count > MAX_BODY:
-                raise http_error(413, "request_too_large", f"the body has more than {MAX_BODY} bytes")
+                raise HTTPError(f"the body has more than {MAX_BODY} bytes", status=413, code="request_too_large")
             if count == 0:
                 break
             body += self.reader.exactly(count, deadline)
             if self.reader.exactly(2, deadline) != b"\r\n":
-                raise http_error(400, "invalid_value", "a chunk of the body does not end where its size says")
+                raise HTTPError("a chunk of the body does not end where its size says")
         for _ in range(MAX_HEADERS):  # trailers mean nothing here, but must be well formed
             line = self.reader.line(MAX_LINE, deadline)
             if not line:
                 return bytes(body)
             if not HEADER_LINE.fullmatch(line):
                 break
-        raise http_error(400, "invalid_value", "the trailer of the chunked body is not valid")
+        raise HTTPError("the trailer of the chunked body is not valid")
 
     def _has_rest(self) -> bool:
         """True if the client may still be sending this request."""
