@@ -6881,6 +6881,15 @@ def shake_hands(connection: ssl.SSLSocket, deadline: float) -> None:
                 raise TimeoutError from None
 
 
+def answer_head(status: int, headers: dict[str, str]) -> bytes:
+    """An answer's status line and headers, as they are sent."""
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+             *(f"{name}: {value}" for name, value in headers.items())]
+    if any("\r" in line or "\n" in line for line in lines):
+        raise RuntimeError("a header holds a line break")
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+
+
 class RequestHandler(http.server.BaseHTTPRequestHandler):
     """One connection: reads requests, calls their route, writes answers. The parsing of the base class is not used."""
 
@@ -6891,7 +6900,6 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
-        self.write_timeout = self.server.owner.config.write_timeout
         self.reader = HTTPReader(self.connection)
         self.busy, self.since = False, time.monotonic()
         self.server.owner.connections.add(self)
@@ -6914,8 +6922,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         """One request and its answer; False when the connection ends with it."""
         self.busy, self.since = False, time.monotonic()
         self.http, self.body_read, self.must_close = None, False, False
-        self.answer_begun = self.stream_open = False
-        self.request_id, self.status, self.facts = secrets.token_hex(8), 0, {}
+        self.request_id, self.facts = secrets.token_hex(8), {}
+        self.status, self.stream_open = 0, False  # what of an answer has begun
         self.client: Client | None = None  # once it is known who asks
         self.reply: Reply | None = None  # of a stream
         self.stalled: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
@@ -7037,7 +7045,8 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         """All of it within write_timeout, or Disconnected. While the client does not read, `stalled()` is entered."""
-        deadline, rest, patience = time.monotonic() + self.write_timeout, memoryview(data), STALL_TIME
+        deadline = time.monotonic() + self.server.owner.config.write_timeout
+        rest, patience = memoryview(data), STALL_TIME
         with contextlib.ExitStack() as stalled:
             while rest:
                 left = deadline - time.monotonic()
@@ -7058,28 +7067,23 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         return self.http is not None and self.http.path.startswith("/v1/messages")
 
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
-        self.status = status
         keep = self.http is not None and self.http.keep_alive and not self.must_close and self._can_skip_rest()
         keep = keep and not self.server.owner.draining
         self.must_close = not keep
         own = {"request-id": self.request_id} if self._speaks_messages() else {}
-        every = {"Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **own, **headers,
-                 **(self.client.headers() if self.client else {}),
-                 **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})}
-        lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
-                 *(f"{name}: {value}" for name, value in every.items())]
-        if any("\r" in line or "\n" in line for line in lines):
-            raise RuntimeError("a header holds a line break")
-        return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        head = answer_head(status, {
+            "Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **own, **headers,
+            **(self.client.headers() if self.client else {}),
+            **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})})
+        self.status = status  # from here on the answer has begun
+        return head
 
     def respond(self, status: int, body: bytes, content_type: str = "application/json",
                 headers: dict[str, str] | None = None) -> None:
         """A whole answer in one write."""
         about = {} if status in (204, 304) else {"Content-Type": content_type, "Content-Length": str(len(body))}
         head = self._head(status, {**about, **(headers or {})})
-        data = head if self.http and self.http.method == "HEAD" else head + body
-        self.answer_begun = True
-        self._send(data)
+        self._send(head if self.http and self.http.method == "HEAD" else head + body)
 
     def respond_json(self, value: dict, status: int = 200, headers: dict[str, str] | None = None) -> None:
         self.respond(status, json.dumps(value).encode(), headers=headers)
@@ -7094,7 +7098,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             if self.stream_open:  # its last event is the error
                 self.write_stream(self.reply.error_event(error))
                 self.end_stream()
-            elif not self.answer_begun:
+            elif not self.status:
                 body = message_error(error, self.request_id) if self._speaks_messages() else error.body()
                 return self.respond_json(body, error.status, error.headers)
         except Disconnected:
@@ -7198,15 +7202,14 @@ class HTTPServer(http.server.ThreadingHTTPServer):
         """Answer 503 without a thread, and without waiting for the client."""
         error = UnavailableError(f"all {self._max_connections} connections are in use", code="too_many_connections")
         self.owner.count_error(error.code)
-        body = json.dumps(error.body())
-        headers = {
-            "Date": email.utils.formatdate(usegmt=True), "x-request-id": secrets.token_hex(8), "Retry-After": 1,
-            "Content-Type": "application/json", "Content-Length": len(body), "Connection": "close",
-            **self.owner.cors_headers(None)}
-        lines = ["HTTP/1.1 503 Service Unavailable", *(f"{name}: {value}" for name, value in headers.items())]
+        body = json.dumps(error.body()).encode()
+        head = answer_head(error.status, {
+            "Date": email.utils.formatdate(usegmt=True), "x-request-id": secrets.token_hex(8), **retry_after(1),
+            "Content-Type": "application/json", "Content-Length": str(len(body)), "Connection": "close",
+            **self.owner.cors_headers(None)})
         try:
             request.setblocking(False)
-            request.sendall(("\r\n".join(lines) + "\r\n\r\n" + body).encode())
+            request.sendall(head + body)
             request.recv(65536)  # closing with unread input would reset the connection before the answer is read
         except OSError:
             pass
