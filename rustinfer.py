@@ -6901,26 +6901,25 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
         if hasattr(socket, "TCP_NOTSENT_LOWAT"):
             self.connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, MAX_UNSENT)
         self.reader = HTTPReader(self.connection)
-        self.busy, self.since = False, time.monotonic()
-        self.server.owner.connections.add(self)
+        self.owner, self.busy, self.since = self.server.owner, False, time.monotonic()
+        self.owner.connections.add(self)
 
     def finish(self) -> None:
-        self.server.owner.connections.discard(self)
+        self.owner.connections.discard(self)
 
     def handle(self) -> None:
-        owner: Server = self.server.owner
         try:
             if isinstance(self.connection, ssl.SSLSocket):
                 shake_hands(self.connection, time.monotonic() + HEAD_TIMEOUT)
-            while self._handle_one(owner):
-                if owner.draining:
+            while self._handle_one():
+                if self.owner.draining:
                     break
-        except (Disconnected, TimeoutError, OSError):
+        except (Disconnected, OSError):
             pass  # nobody is left to answer
 
-    def _handle_one(self, owner: Server) -> bool:
+    def _handle_one(self) -> bool:
         """One request and its answer; False when the connection ends with it."""
-        self.busy, self.since = False, time.monotonic()
+        self.since = time.monotonic()
         self.http, self.body_read, self.must_close = None, False, False
         self.request_id, self.facts = secrets.token_hex(8), {}
         self.status, self.stream_open = 0, False  # what of an answer has begun
@@ -6933,10 +6932,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             self.http = HTTPRequest.parse(self.reader.head())
             self.busy = True
             self._adopt_request_id()
-            owner.route(self)
+            self.owner.route(self)
         except APIError as error:
             self._answer_error(error)
-        except (Disconnected, ConnectionError, TimeoutError):
+        except Disconnected:
             self.facts["error"], self.must_close = "client_left", True
         except BaseException as error:  # a panic in a library's Rust is no Exception
             log.exception("request %s failed", self.request_id)
@@ -7045,7 +7044,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _send(self, data: bytes) -> None:
         """All of it within write_timeout, or Disconnected. While the client does not read, `stalled()` is entered."""
-        deadline = time.monotonic() + self.server.owner.config.write_timeout
+        deadline = time.monotonic() + self.owner.config.write_timeout
         rest, patience = memoryview(data), STALL_TIME
         with contextlib.ExitStack() as stalled:
             while rest:
@@ -7068,13 +7067,13 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _head(self, status: int, headers: dict[str, str]) -> bytes:
         keep = self.http is not None and self.http.keep_alive and not self.must_close and self._can_skip_rest()
-        keep = keep and not self.server.owner.draining
+        keep = keep and not self.owner.draining
         self.must_close = not keep
         own = {"request-id": self.request_id} if self._speaks_messages() else {}
         head = answer_head(status, {
             "Date": email.utils.formatdate(usegmt=True), "x-request-id": self.request_id, **own, **headers,
             **(self.client.headers() if self.client else {}),
-            **self.server.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})})
+            **self.owner.cors_headers(self.http), **({} if keep else {"Connection": "close"})})
         self.status = status  # from here on the answer has begun
         return head
 
@@ -7090,7 +7089,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def _answer_error(self, error: APIError) -> None:
         self.facts["error"] = error.code
-        self.server.owner.count_error(error.code)
+        self.owner.count_error(error.code)
         if error.status >= 500:
             log.error("request %s: %s", self.request_id, error)
         self.must_close = self.must_close or isinstance(error, HTTPError)
