@@ -5249,13 +5249,11 @@ def parse_completion(values: dict, defaults: SamplingParams) -> GenerationReques
 def usage_object(group: Group) -> dict:
     """Token counts over all choices, each prompt once, and the timing of this request as the seed reports it."""
     timings = [answer.handle.timing for answer in group.answers]
-    first = group.answers[:: group.n]  # one a prompt
-    prompt, completion = (sum(answer.handle.seq.num_prompt_tokens for answer in first),
-                          sum(len(answer.tokens) for answer in group.answers))
+    prompt, completion = group.num_prompt_tokens, group.num_output_tokens
     prefill, decode = max(timing.prefill_s for timing in timings), max(timing.decode_s for timing in timings)
     return {
         "prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": sum(answer.handle.seq.num_cached_tokens for answer in first)},
+        "prompt_tokens_details": {"cached_tokens": group.num_cached_tokens},
         "performance": {
             "queue_ms": round(timings[0].queue_s * 1000, 3), "prefill_ms": round(prefill * 1000, 3),
             "decode_ms": round(decode * 1000, 3),
@@ -6392,9 +6390,19 @@ class Group:
         return bool(self._params.stop)
 
     @property
-    def num_tokens(self) -> int:
-        """Tokens so far, each prompt's once."""
-        return sum(len(prompt) for prompt in self._prompts) + sum(len(answer.tokens) for answer in self.answers)
+    def num_prompt_tokens(self) -> int:
+        """Of all prompts, each once."""
+        return sum(answer.handle.seq.num_prompt_tokens for answer in self.places[:: self.n])
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that the cache had, each prompt's once."""
+        return sum(answer.handle.seq.num_cached_tokens for answer in self.places[:: self.n])
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens of the answers as far as they were read."""
+        return sum(len(answer.tokens) for answer in self.answers)
 
     def prompt_scores(self, place: int) -> list[Sampled]:
         """A prompt's tokens with their log-probabilities, the first without, where these were asked for."""
@@ -7271,8 +7279,7 @@ class Job:
                 "position": place[0] if place else None, "age_seconds": round(time.monotonic() - self.since, 3),
                 "queue_ms": round(timing.queue_s * 1000, 1), "prefill_ms": round(timing.prefill_s * 1000, 1),
                 "decode_ms": round(timing.decode_s * 1000, 1),
-                "prompt_tokens": sum(seq.num_prompt_tokens for seq in sequences[:: self.group.n]),
-                "cached_tokens": sum(seq.num_cached_tokens for seq in sequences[:: self.group.n]),
+                "prompt_tokens": self.group.num_prompt_tokens, "cached_tokens": self.group.num_cached_tokens,
                 "completion_tokens": sum(max(0, seq.num_output_tokens) for seq in sequences),
                 "kv_blocks": len({block_id for seq in sequences for block_id in list(seq.block_table)})}
 
@@ -7598,7 +7605,7 @@ class Server:
                         reply = functools.partial(make_reply, group, llm.name)
                         (self._stream if request.stream else self._complete)(job, llm, reply)
                 finally:
-                    used = group.num_tokens
+                    used = group.num_prompt_tokens + group.num_output_tokens
             finally:
                 client.settle(taken, used)
 
@@ -7765,11 +7772,10 @@ class Server:
     @staticmethod
     def _describe(group: Group) -> dict[str, Any]:
         """What the log tells of a request."""
-        first = group.answers[0]
-        seq, timing, reasons = first.handle.seq, first.handle.timing, [
+        timing, reasons = group.answers[0].handle.timing, [
             answer.finish_reason or answer.handle.finish_reason or "abort" for answer in group.answers]
-        return {"prompt": seq.num_prompt_tokens, "cached": seq.num_cached_tokens,
-                "completion": sum(len(answer.tokens) for answer in group.answers),
+        return {"prompt": group.num_prompt_tokens, "cached": group.num_cached_tokens,
+                "completion": group.num_output_tokens,
                 "queue_ms": round(timing.queue_s * 1000, 1), "first_token_ms": round(timing.ttft_s * 1000, 1),
                 "finish": ",".join(reasons)}
 

@@ -5,7 +5,7 @@ import shutil
 
 import openai
 import pytest
-from harness import REFERENCES, RawConnection, ask, client_of, local_server, slowed, wait_for
+from harness import REFERENCES, RawConnection, ask, client_of, local_server, num_running, slowed, wait_for
 
 import rustinfer
 
@@ -116,6 +116,23 @@ def test_blocks_that_choices_share_count_once_in_the_queue():
             wait_for(lambda: any(entry["completion_tokens"] >= 16 for entry in runs()))
             entry, = runs()
         assert 25 <= entry["kv_blocks"] <= 25 + 8 * 3 + entry["completion_tokens"] / 16 < 8 * 25
+
+
+def test_every_prompt_counts_once_in_the_queue_and_in_the_log(caplog):
+    body = {"prompt": [[5, 6, 7], [8, 9]], "n": 2, "max_tokens": 10, "ignore_eos": True}
+    with rustinfer.LLM(REFERENCES / "llama3-tied", device="cpu", max_num_seqs=1) as llm:
+        with caplog.at_level("INFO", "rustinfer"), slowed(llm, 0.01), local_server(llm) as server:
+            with RawConnection(server.port) as other, RawConnection(server.port) as raw:
+                other.send_request("POST", "/v1/completions", {"prompt": [8], "max_tokens": 200, "ignore_eos": True})
+                wait_for(lambda: num_running(llm) == 1)
+                raw.send_request("POST", "/v1/completions", body)
+                listed = lambda: ask(server, "GET", "/v1/queue")[2]["requests"]
+                wait_for(lambda: len(listed()) == 2)
+                assert [entry["prompt_tokens"] for entry in listed()] == [1, 5]  # no second choice has begun
+                other.socket.close()
+                assert raw.read_response()[2]["usage"]["prompt_tokens"] == 5
+            wait_for(lambda: "completion=40" in caplog.text)
+    assert "prompt=5 cached=0 completion=40" in caplog.text
 
 
 def test_logprobs_are_those_of_the_engine(client, name, tiny_llm):
