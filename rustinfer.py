@@ -7258,9 +7258,10 @@ class Page:
 class Job:
     """One request that generates: who is answered, with what, since when and for how long."""
 
-    def __init__(self, handler: RequestHandler, group: Group, since: float, timeout: float | None):
-        self.handler, self.group, self.since, self.timeout, self.cancelled = handler, group, since, timeout, False
+    def __init__(self, handler: RequestHandler, llm: LLM, group: Group, timeout: float | None):
+        self.handler, self.llm, self.group, self.timeout = handler, llm, group, timeout
         self.client, self.request_id = handler.client, handler.request_id  # the handler goes on to others
+        self.since, self.cancelled = time.monotonic(), False
 
     def time_left(self, most: float) -> float | None:
         """Seconds to wait: what is left of the request's time, at most `most`; None for ever."""
@@ -7271,10 +7272,22 @@ class Job:
         self.cancelled = True
         self.group.abort()
 
-    def describe(self, engine: Engine) -> dict:
+    def place(self) -> tuple[int, float | None] | None:
+        """As `Engine.place` tells it of the first sequence; None when it runs."""
+        return self.llm.engine.place(self.group.places[0].handle.seq)
+
+    def facts(self) -> dict[str, Any]:
+        """What the log tells of it."""
+        group, timing = self.group, self.group.places[0].handle.timing
+        reasons = [answer.finish_reason or answer.handle.finish_reason or "abort" for answer in group.answers]
+        return {"prompt": group.num_prompt_tokens, "cached": group.num_cached_tokens,
+                "completion": group.num_output_tokens, "queue_ms": round(timing.queue_s * 1000, 1),
+                "first_token_ms": round(timing.ttft_s * 1000, 1), "finish": ",".join(reasons)}
+
+    def describe(self) -> dict:
         """Ids, ages and sizes; never text."""
         sequences = [answer.handle.seq for answer in self.group.answers]
-        place, timing = engine.place(sequences[0]), self.group.answers[0].handle.timing
+        place, timing = self.place(), self.group.places[0].handle.timing
         return {"id": self.request_id, "state": "waiting" if place else "running",
                 "position": place[0] if place else None, "age_seconds": round(time.monotonic() - self.since, 3),
                 "queue_ms": round(timing.queue_s * 1000, 1), "prefill_ms": round(timing.prefill_s * 1000, 1),
@@ -7595,24 +7608,21 @@ class Server:
         handler.facts |= {"format": shorten(label)} if label else {}
         constraint = llm.grammars.compile(request.structure) if request.structure else None
         most = llm.engine.most_tokens(request.params)
-        client, used = handler.client, 0
+        client, group = handler.client, None
         with client.running():
             taken = client.take("tokens", sum(map(len, prompts)) + len(prompts) * request.n * most)
             try:
                 group = Group(llm, prompts, request.params, request.n, param, constraint, client.tenant)
-                try:
-                    with self._job(handler, llm, group) as job:
-                        reply = functools.partial(make_reply, group, llm.name)
-                        (self._stream if request.stream else self._complete)(job, llm, reply)
-                finally:
-                    used = group.num_prompt_tokens + group.num_output_tokens
+                with self._job(handler, llm, group) as job:
+                    reply = make_reply(group, llm.name)
+                    (self._stream if request.stream else self._complete)(job, reply)
             finally:
-                client.settle(taken, used)
+                client.settle(taken, group.num_prompt_tokens + group.num_output_tokens if group else 0)
 
     @contextlib.contextmanager
     def _job(self, handler: RequestHandler, llm: LLM, group: Group) -> Iterator[Job]:
         """While a request runs it can be seen and cancelled, and its client is watched; nothing of it runs on after."""
-        job = Job(handler, group, time.monotonic(), self.config.request_timeout)
+        job = Job(handler, llm, group, self.config.request_timeout)
         self._jobs.add(job)
         self._watcher.add(handler.connection, group.abort)
         try:
@@ -7621,24 +7631,23 @@ class Server:
             self._watcher.discard(handler.connection)
             self._jobs.discard(job)
             group.abort()
-            handler.facts |= (facts := self._describe(group))
+            handler.facts |= (facts := job.facts())
             ended = {"state": "finished", "finish_reason": facts["finish"], "ended": int(time.time())}
-            self._recent.append((job.client, job.describe(llm.engine) | ended))
+            self._recent.append((job.client, job.describe() | ended))
 
-    def _complete(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
+    def _complete(self, job: Job, reply: Reply) -> None:
         group = job.group
         rarely = 8 if group.has_stops else 1 << 31  # only stop strings need a look before the end
         while not group.is_finished:
             group.advance(job.time_left(math.inf), at_least=rarely)
             self._check_running(job)
-        job.handler.respond_json(make_reply().whole(), headers={"Server-Timing": server_timing(group)})
+        job.handler.respond_json(reply.whole(), headers={"Server-Timing": server_timing(group)})
 
-    def _stream(self, job: Job, llm: LLM, make_reply: Callable[[], Reply]) -> None:
+    def _stream(self, job: Job, reply: Reply) -> None:
         """Events as the tokens come: the first at once, then writes at least stream_interval apart."""
-        handler, group, interval, ended = job.handler, job.group, llm.config.stream_interval, set()
-        reply = handler.reply = make_reply()
-        handler.stalled = group.held
-        parts = self._wait_for_first(job, llm)
+        handler, group, interval, ended = job.handler, job.group, job.llm.config.stream_interval, set()
+        handler.reply, handler.stalled = reply, group.held
+        parts = self._wait_for_first(job)
         events, written = reply.first_events(), time.monotonic()
         while True:
             woken = time.monotonic()
@@ -7657,14 +7666,14 @@ class Server:
         handler.write_stream(events + reply.last_events())
         handler.end_stream()
 
-    def _wait_for_first(self, job: Job, llm: LLM) -> list[tuple[int, str, list[Sampled]]]:
+    def _wait_for_first(self, job: Job) -> list[tuple[int, str, list[Sampled]]]:
         """The first tokens, with the stream open; while the request waits, comments tell its place in the queue."""
         group, told = job.group, time.monotonic()
         parts = group.advance(job.time_left(PLACE_INTERVAL))
         self._check_running(job)  # before the first byte an error has a status of its own
         job.handler.start_stream()
         while not parts and not group.is_finished:
-            place = llm.engine.place(group.answers[0].handle.seq)
+            place = job.place()
             if place or time.monotonic() - told >= PING_INTERVAL:
                 told = time.monotonic()
                 job.handler.write_stream(describe_place(*place) if place else b": ping\n\n")
@@ -7692,10 +7701,9 @@ class Server:
 
     def _queue(self, handler: RequestHandler) -> None:
         """One's own requests, the last ones that ended, and how many there are of all; never text."""
-        engine = self._ready_llm().engine
-        jobs = [job.describe(engine) for job in self._own_jobs(handler)]
+        state = self._ready_llm().engine.snapshot()
+        jobs = [job.describe() for job in self._own_jobs(handler)]
         recent = [ended for client, ended in list(self._recent) if client is handler.client]
-        state = engine.snapshot()
         handler.respond_json({"requests": jobs, "recent": recent, "num_requests_running": state["num_requests_running"],
                               "num_requests_waiting": state["num_requests_waiting"]})
 
@@ -7768,16 +7776,6 @@ class Server:
         llm, given = self._ready_llm(), check_fields(handler.read_json(), TEMPLATE_FIELDS)
         self._check_model(llm, given.get("model"))
         handler.respond_json({"prompt": llm.template.render(**parse_conversation(given))})
-
-    @staticmethod
-    def _describe(group: Group) -> dict[str, Any]:
-        """What the log tells of a request."""
-        timing, reasons = group.answers[0].handle.timing, [
-            answer.finish_reason or answer.handle.finish_reason or "abort" for answer in group.answers]
-        return {"prompt": group.num_prompt_tokens, "cached": group.num_cached_tokens,
-                "completion": group.num_output_tokens,
-                "queue_ms": round(timing.queue_s * 1000, 1), "first_token_ms": round(timing.ttft_s * 1000, 1),
-                "finish": ",".join(reasons)}
 
     # by path and method; {id} is whatever the path ends in
     ROUTES = {
