@@ -6707,15 +6707,11 @@ class HTTPReader:
 
     def head(self) -> list[bytes]:
         """The lines of the next request's head."""
-        deadline, searched = time.monotonic() + HEAD_TIMEOUT, 0
-        while self.buffer.startswith(b"\r\n") or (end := self.buffer.find(b"\r\n\r\n", max(0, searched - 3))) < 0:
-            if self.buffer.startswith(b"\r\n"):  # empty lines before a request are allowed
-                del self.buffer[:2]
-                continue
+        deadline = time.monotonic() + HEAD_TIMEOUT
+        while (end := self._end_of_head()) < 0:
             self._check_head(len(self.buffer))
             if b"\n\n" in self.buffer:
                 raise HTTPError("the lines of a request's head must end in CR LF")
-            searched = len(self.buffer)
             try:
                 self._fill(deadline)
             except TimeoutError:
@@ -6726,6 +6722,11 @@ class HTTPReader:
         del self.buffer[: end + 4]
         return lines
 
+    def _end_of_head(self) -> int:
+        while self.buffer.startswith(b"\r\n"):  # empty lines before a request are allowed
+            del self.buffer[:2]
+        return self.buffer.find(b"\r\n\r\n")
+
     def _check_head(self, size: int) -> None:
         line = self.buffer.find(b"\r\n", 0, size)
         if (size if line < 0 else line) > MAX_LINE:
@@ -6735,9 +6736,7 @@ class HTTPReader:
 
     def line(self, limit: int, deadline: float) -> bytes:
         """A line of chunked coding, without its CRLF."""
-        while (end := self.buffer.find(b"\r\n")) < 0:
-            if len(self.buffer) > limit:
-                break
+        while (end := self.buffer.find(b"\r\n")) < 0 and len(self.buffer) <= limit:
             self._fill(deadline)
         if not 0 <= end <= limit:
             raise HTTPError(f"a line of the chunked body is longer than {limit} bytes")
