@@ -4219,9 +4219,9 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed % (1 << 64)
         with self._lock:
             if self.dead:
-                raise UnavailableError("the engine has failed", code="internal_error", headers={"Retry-After": "5"})
+                raise UnavailableError("the engine has failed", code="internal_error", headers=retry_after(5))
             if self._closing:
-                raise UnavailableError("the engine is closed", code="shutting_down", headers={"Retry-After": "5"})
+                raise UnavailableError("the engine is closed", code="shutting_down", headers=retry_after(5))
             if not choice and self.scheduler.is_full_for(tenant.name, self.config.max_queue):
                 wait = self._wait_s(len(self.scheduler.waiting)) or 1
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
@@ -6662,6 +6662,7 @@ REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % TOKEN)
 SINGLE_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "origin", "expect", "authorization"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would run a request again whose status allows it
 
 
 def is_loopback(host: str) -> bool:
@@ -6948,7 +6949,7 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
             log.exception("request %s failed", self.request_id)
             shown = str(error) if isinstance(error, EngineError) else "internal error; the log has the details"
             self._answer_error(APIError(shown, status=500, type="server_error", code="internal_error",
-                                        headers={"x-should-retry": "false"}))
+                                        headers=NO_RETRY))
         finally:
             self.busy = False
             self._log_request(started)
@@ -7445,7 +7446,7 @@ class Server:
         elif "x-api-key" in request.headers:
             key = request.headers["x-api-key"]
         elif request.path == "/v1/chat/completions" and request.method in ("GET", "HEAD"):
-            key = dict(urllib.parse.parse_qsl(request.query, max_num_fields=None)).get("api_key")
+            key = dict(urllib.parse.parse_qsl(request.query)).get("api_key")
         client = self._access.client(key, handler.client_address[0])
         if self._access.has_keys:
             handler.facts["key"] = client.tenant.name
@@ -7502,13 +7503,13 @@ class Server:
 
     @staticmethod
     def _shutting_down() -> UnavailableError:
-        return UnavailableError("the server is shutting down", code="shutting_down", headers={"Retry-After": "5"})
+        return UnavailableError("the server is shutting down", code="shutting_down", headers=retry_after(5))
 
     def _ready_llm(self) -> LLM:
         if self.draining:
             raise self._shutting_down()
         if self._llm is None:
-            raise UnavailableError("the model is still loading", headers={"Retry-After": "2"})
+            raise UnavailableError("the model is still loading", headers=retry_after(2))
         return self._llm
 
     @staticmethod
@@ -7683,11 +7684,10 @@ class Server:
     def _check_running(self, job: Job) -> None:
         """An aborted answer has no client, or was cancelled, or the server is ending."""
         if job.cancelled:
-            raise APIError("the request was cancelled", status=409, code="cancelled",
-                           headers={"x-should-retry": "false"})
+            raise APIError("the request was cancelled", status=409, code="cancelled", headers=NO_RETRY)
         if not job.group.is_finished and job.time_left(math.inf) == 0:
             raise APIError(f"the request took longer than {job.timeout:g} s", status=408, code="request_timeout",
-                           headers={"x-should-retry": "false"})
+                           headers=NO_RETRY)
         if any(answer.finish_reason == "abort" for answer in job.group.answers):
             raise self._shutting_down() if self.draining else Disconnected
 
