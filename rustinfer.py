@@ -6662,7 +6662,7 @@ REQUEST_LINE = re.compile(rb"(%s) ([!-~]+) HTTP/([0-9])\.([0-9])" % TOKEN)
 HEADER_LINE = re.compile(rb"(%s):([^\x00-\x08\x0a-\x1f\x7f]*)" % TOKEN)
 SINGLE_HEADERS = {"host", "content-length", "content-type", "transfer-encoding", "origin", "expect", "authorization"}
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-NO_RETRY = {"x-should-retry": "false"}  # OpenAI's clients would run a request again whose status allows it
+NO_RETRY = {"x-should-retry": "false"}  # or OpenAI's clients run the request again
 
 
 def is_loopback(host: str) -> bool:
@@ -7743,10 +7743,15 @@ class Server:
         if not all(type(token_id) is int and 0 <= token_id < size for token_id in token_ids):
             raise APIError(f"{param} must hold token ids, whole numbers from 0 to {size - 1}", param)
 
+    def _read_fields(self, handler: RequestHandler) -> tuple[LLM, dict]:
+        """The model, and the fields of a body that asks it for no answer."""
+        llm, given = self._ready_llm(), check_fields(handler.read_json(), self.FIELDS[handler.http.path])
+        self._check_model(llm, given.get("model"))
+        return llm, given
+
     def _tokenize(self, handler: RequestHandler) -> None:
         """As vLLM's: of a text, or of messages as the chat route would render them."""
-        llm, given = self._ready_llm(), check_fields(handler.read_json(), TOKENIZE_FIELDS)
-        self._check_model(llm, given.get("model"))
+        llm, given = self._read_fields(handler)
         if ("prompt" in given) == ("messages" in given):
             raise APIError("give either prompt or messages", "prompt")
         unfit = set(given) & ({"add_special_tokens"} if "messages" in given else set(TEMPLATE_FIELDS) - {"model"})
@@ -7763,8 +7768,7 @@ class Server:
                               "token_strs": shown if given.get("return_token_strs") else None})
 
     def _detokenize(self, handler: RequestHandler) -> None:
-        llm, given = self._ready_llm(), check_fields(handler.read_json(), DETOKENIZE_FIELDS)
-        self._check_model(llm, given.get("model"))
+        llm, given = self._read_fields(handler)
         if "tokens" not in given:
             raise APIError("tokens is missing; a list of token ids is expected", "tokens")
         self._check_token_ids(llm, given["tokens"], "tokens")
@@ -7772,8 +7776,7 @@ class Server:
 
     def _apply_template(self, handler: RequestHandler) -> None:
         """The prompt of a conversation as text, without running it."""
-        llm, given = self._ready_llm(), check_fields(handler.read_json(), TEMPLATE_FIELDS)
-        self._check_model(llm, given.get("model"))
+        llm, given = self._read_fields(handler)
         handler.respond_json({"prompt": llm.template.render(**parse_conversation(given))})
 
     # by path and method; {id} is whatever the path ends in
