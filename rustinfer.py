@@ -4561,8 +4561,9 @@ COMPLETION_FIELDS = by_name(
 )
 TEMPLATE_FIELDS = {name: CHAT_FIELDS[name] for name in (
     "model", "messages", "tools", "add_generation_prompt", "continue_final_message", "chat_template_kwargs")}
-TOKENIZE_FIELDS = TEMPLATE_FIELDS | by_name(
-    Field("prompt", "string"), Field("add_special_tokens", "boolean"), Field("return_token_strs", "boolean"))
+TOKENIZE_FIELDS = TEMPLATE_FIELDS | by_name(  # of a text or of messages
+    Field("messages", "array", 1, MAX_MESSAGES), Field("prompt", "string"), Field("add_special_tokens", "boolean"),
+    Field("return_token_strs", "boolean"))
 DETOKENIZE_FIELDS = by_name(Field("model", "string"), Field("tokens", "array", 0, 1 << 20, neutral=()))
 TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", list: "array", dict: "object",
               type(None): "null"}  # a bool is an int, too
@@ -4619,7 +4620,7 @@ def openapi_document(posts: dict[str, dict[str, Field]], others: dict[tuple[str,
         paths.setdefault(path, {})[method] = {"parameters": parameters, "responses": responses}
     for path, fields in posts.items():
         known = {name: field_schema(field) for name, field in fields.items() if field.kind != "unsupported"}
-        needed = [name for name, field in fields.items() if field.neutral == () and path != "/tokenize"]
+        needed = [name for name, field in fields.items() if field.neutral == ()]
         body = {"type": "object", "properties": known, "required": needed, "additionalProperties": False}
         paths.setdefault(path, {})["post"] = {"requestBody": {"required": True, **JSON_BODY(body)},
                                               "responses": responses}

@@ -281,12 +281,15 @@ class TestUtilities:
         assert body["max_model_len"] == tiny_llm.max_model_len
         plain = post(tiny_server, "/tokenize", {"prompt": "Hello", "add_special_tokens": False})[1]["tokens"]
         assert plain == tiny_llm.tokenizer.encode("Hello")
+        alone = {"prompt": "Hello", "messages": None, "tools": None, "add_special_tokens": False}
+        assert post(tiny_server, "/tokenize", alone)[1].get("tokens") == plain
         assert post(tiny_server, "/detokenize", {"tokens": plain})[1] == {"prompt": "Hello"}
 
     def test_messages_are_tokenized_as_the_chat_route_does(self, tiny_server, tiny_llm):
         messages = [{"role": "user", "content": "Hi"}]
         ids = post(tiny_server, "/tokenize", {"messages": messages})[1]["tokens"]
         assert ids == tiny_llm.template.encode(messages)
+        assert post(tiny_server, "/tokenize", {"messages": messages, "prompt": None})[1]["tokens"] == ids
         text = post(tiny_server, "/apply-template", {"messages": messages, "add_generation_prompt": False})[1]["prompt"]
         assert text == tiny_llm.template.render(messages, False)
 
