@@ -84,7 +84,7 @@ def test_chat_takes_a_streamed_piece_as_text_and_names_what_is_no_message(tiny_l
     assert only(tiny_llm.chat(talk(Piece("Hello")), **GREEDY)) == only(tiny_llm.chat(talk("Hello"), **GREEDY))
     for wrong, problem in [
             (("user", "Hello"), "messages[0] is of type string; object is expected"),
-            ({"role": b"user", "content": "Hello"}, "messages[0].role is of type bytes; string is expected"),
+            ({"role": b"user", "content": "Hello"}, "messages[0].role is of type Python bytes; string is expected"),
             ({"role": "user", "content": ("Hello",)}, "messages[0].content must be a string or a list of text parts")]:
         with pytest.raises(RustinferError, match=re.escape(problem)):
             tiny_llm.chat([wrong])
@@ -170,8 +170,8 @@ def test_prompt_of_a_wrong_type_is_refused(tiny_llm, prompt):
 @pytest.mark.parametrize("messages, wanted", [
     (MESSAGES[0], "messages is {'role': 'user'.*a list"), ("Hello", "messages is Hello; a list"),
     (None, "messages is None; a list"), ([], "at least one"), ([MESSAGES, []], "at least one"),
-    ([MESSAGES, MESSAGES[0]], "messages is {'role'"), ([object()], r"messages\[0\] is of type object"),
-    ([{"role": "user", "content": 5}], "content must be"), ([{"role": b"user"}], "role is of type bytes")])
+    ([MESSAGES, MESSAGES[0]], "messages is {'role'"), ([object()], r"messages\[0\] is of type Python object"),
+    ([{"role": "user", "content": 5}], "content must be"), ([{"role": b"user"}], "role is of type Python bytes")])
 def test_a_conversation_of_a_wrong_type_is_refused(tiny_llm, messages, wanted):
     with pytest.raises(rustinfer.InvalidTypeError, match=wanted):
         tiny_llm.chat(messages, **GREEDY)
