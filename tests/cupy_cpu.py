@@ -16,6 +16,7 @@ import numpy as np
 
 float32, float64, uint64, int64, inf = np.float32, np.float64, np.uint64, np.int64, np.inf
 FAULTS: dict[str, Exception] = {}  # kernel name -> what its launch raises
+LOST: list[Exception] = []  # once something is in it, the context is broken and every call raises it
 MEMORY = [8 << 30]  # bytes that the card has
 MODE = ["fast"]  # of cuda_cpu: "check" also finds races and what reads or writes beyond an array
 _allocated = [0]
@@ -34,9 +35,9 @@ class DeviceArray(np.ndarray):
     def set(self, source: np.ndarray, stream: Stream) -> None:
         if self.shape != source.shape or self.dtype != source.dtype or not self.flags.c_contiguous:
             raise ValueError(f"{source.shape} {source.dtype} does not fit {self.shape} {self.dtype}")
+        if stream.capturing is not None:  # CuPy does not ask whether the memory is pinned
+            raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
         is_pinned = any(np.shares_memory(source, memory) for memory in _pinned)
-        if stream.capturing is not None and not is_pinned:
-            raise RuntimeError("cudaErrorStreamCaptureUnsupported: a copy from pageable memory")
         kept = source if is_pinned else source.copy()
         stream.add(lambda: np.copyto(self, kept))
 
@@ -72,6 +73,11 @@ def asnumpy(array: DeviceArray) -> np.ndarray:
     return np.array(array)
 
 
+def raise_if_lost() -> None:
+    if LOST:
+        raise LOST[0]
+
+
 class Stream:
     """Work in order; nothing is done before somebody waits for it."""
 
@@ -100,6 +106,7 @@ class Stream:
             self.num_added += 1
 
     def run_until(self, count: int) -> None:
+        raise_if_lost()
         if self.capturing is not None:
             raise RuntimeError("cudaErrorStreamCaptureUnsupported: waiting")
         while self.num_done < count:
@@ -149,6 +156,7 @@ class Device:
 
     def __init__(self, index: int = 0):
         self.id = index
+        self.pci_bus_id = f"0000:0{8 - index}:00.0"
 
     def use(self) -> None:
         pass
@@ -157,11 +165,13 @@ class Device:
         return self
 
     def __exit__(self, *_) -> None:
-        pass
+        raise_if_lost()  # it sets the device that was current before
 
 
 class RawModule:
     def __init__(self, *, code: str, options: tuple[str, ...]):
+        if not isinstance(options, tuple):
+            raise TypeError("Argument 'options' has incorrect type (expected tuple)")
         self._module = cuda_cpu.RawModule(code=code, options=options, mode=MODE[0])
 
     def compile(self) -> None:
@@ -176,6 +186,7 @@ class RawKernel:
         self._module, self._name, self._kernel = module, name, module.get_function(name)
         self.kernel = types.SimpleNamespace(ptr=len(_functions) + 1)
         _functions[self.kernel.ptr] = self
+        self._is_loaded = False
 
     @property
     def max_dynamic_shared_size_bytes(self) -> int:
@@ -188,6 +199,9 @@ class RawKernel:
     def __call__(self, grid, block, args, shared_mem: int = 0) -> None:
         if self._name in FAULTS:
             raise FAULTS[self._name]
+        if not isinstance(grid, tuple) or not isinstance(block, tuple):
+            raise TypeError(f"{self._name}: grid and block must be tuples")
+        self._load()
         for arg in args:
             if not isinstance(arg, (DeviceArray, np.generic)):
                 raise TypeError(f"{self._name}: a kernel cannot take {type(arg).__name__}")
@@ -196,8 +210,16 @@ class RawKernel:
         plain = [np.asarray(arg) if isinstance(arg, DeviceArray) else None if is_null(arg) else arg for arg in args]
         Stream.current.add(lambda: self._kernel(grid, block, plain, shared_mem=shared_mem))
 
+    def _load(self) -> None:
+        """A kernel is loaded at its first launch, for which the driver may have to wait for the card."""
+        raise_if_lost()
+        if Stream.current.capturing is not None and not self._is_loaded:
+            raise RuntimeError(f"{self._name}: the first launch while a stream captures")
+        self._is_loaded = True
+
     def launch_by_address(self, grid, block, args, shared_mem: int) -> None:
         """As the driver launches: every pointer is a number."""
+        self._load()
         if not all(isinstance(arg, np.generic) for arg in args):
             raise TypeError(f"{self._name}: the driver takes scalars and addresses")
 
@@ -241,6 +263,12 @@ cuda = types.SimpleNamespace(Stream=Stream, Event=Event, Device=Device, runtime=
     OutOfMemoryError=OutOfMemoryError), alloc_pinned_memory=alloc_pinned_memory)
 
 
-def get_default_memory_pool():
-    _allocated[0] = 0
-    return types.SimpleNamespace(free_all_blocks=lambda: None)
+class get_default_memory_pool:
+    """What is freed stays with the pool, for the arrays to come, until it is told to give it back."""
+
+    def free_all_blocks(self) -> None:
+        _allocated[0] = self.used_bytes()
+
+    def used_bytes(self) -> int:
+        """Of arrays that somebody still holds."""
+        return sum(owner.nbytes for known in _owners if (owner := known()) is not None)

@@ -90,6 +90,7 @@ class cuda:
     class Device:
         def __init__(self, id: int = 0):
             self.id = id
+            self.pci_bus_id = "0000:01:00.0"
 
         def use(self) -> None:
             pass

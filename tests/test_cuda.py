@@ -33,6 +33,7 @@ def card(monkeypatch):
     monkeypatch.setattr(cupy_cpu, "MEMORY", [8 << 30])
     yield
     cupy_cpu.FAULTS.clear()
+    cupy_cpu.LOST.clear()
 
 
 @pytest.fixture(scope="module")
