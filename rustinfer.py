@@ -1806,15 +1806,15 @@ class CudaBackend(ArrayBackend):
 
     def __init__(self, xp: Any, config: EngineConfig, folder: Path):
         super().__init__(xp, batch_invariant=False)
-        self.engine_config, self.folder = config, folder
-        self.stream = xp.cuda.Stream(non_blocking=True)
-        self.capability = int(xp.cuda.Device(self.device_index).compute_capability)
-        can_capture = xp.cuda.runtime.driverGetVersion() >= 12030  # programmatic launches
-        programmatic = self.capability >= 90 and can_capture and not config.no_pdl
-        self._launcher = KernelLauncher() if programmatic else None
-        self.num_processors = xp.cuda.Device(self.device_index).attributes["MultiProcessorCount"]
-        self.last_kernel = "none"
-        self._upload = PinnedUpload(xp, self.stream)
+        self.engine_config, self.folder, self.last_kernel = config, folder, "none"
+        with self.errors():
+            self.stream = xp.cuda.Stream(non_blocking=True)
+            self.capability = int(xp.cuda.Device(self.device_index).compute_capability)
+            can_capture = xp.cuda.runtime.driverGetVersion() >= 12030  # programmatic launches
+            programmatic = self.capability >= 90 and can_capture and not config.no_pdl
+            self._launcher = KernelLauncher() if programmatic else None
+            self.num_processors = xp.cuda.Device(self.device_index).attributes["MultiProcessorCount"]
+            self._upload = PinnedUpload(xp, self.stream)
 
     @classmethod
     def why_not(cls, xp: Any, config: EngineConfig, model: ModelConfig, folder: Path | None) -> str | None:
@@ -1941,12 +1941,16 @@ class CudaBackend(ArrayBackend):
         """Whatever CuPy raises becomes a DeviceError, or a SettingsError when memory was short."""
         try:
             yield
-        except self.xp.cuda.memory.OutOfMemoryError as error:
-            raise SettingsError(f"the card's memory is not enough: {error}; lower --max-num-seqs, "
-                                "--max-num-batched-tokens or --max-model-len, or take a smaller model") from error
         except (SettingsError, CheckpointError):
             raise
         except Exception as error:  # CuPy's errors share no base
+            if isinstance(error, DeviceError) and error.__cause__:  # one of these within another
+                raise
+            # CuPy's pool has its own error; pinned memory, streams and graphs have the runtime's.
+            if isinstance(error, self.xp.cuda.memory.OutOfMemoryError) or str(error).endswith(": out of memory"):
+                raise SettingsError(
+                    f"the card's memory is not enough: {error}; lower --max-num-seqs, --max-num-batched-tokens, "
+                    "--max-model-len or --gpu-memory-utilization, or take a smaller model") from error
             raise DeviceError(f"{type(error).__name__}: {error} (last kernel launched: {self.last_kernel})") from error
 
     def _launch(self, module: str, entry: str, grid: tuple[int, ...], block: int, *args: Any, shared: int = 0) -> None:
@@ -3899,7 +3903,7 @@ class CudaRunner:
         self._patches: list[tuple[int, int]] = []
         self._num_drawn = 0  # steps that wrote to the ring
         self._graphs: dict[int, Any] = {}
-        with self._backend.on_device(), self._backend.errors():
+        with self._backend.errors(), self._backend.on_device():
             self._prepare_padding()
             if not config.enforce_eager:
                 self._capture_all()
@@ -6509,7 +6513,7 @@ class LLM:
         budget = self.config.max_num_batched_tokens or backend.DEFAULT_BATCHED_TOKENS
         self.config = dataclasses.replace(self.config, max_num_batched_tokens=budget)
         try:
-            with backend.on_device(), backend.errors():
+            with backend.errors(), backend.on_device():
                 self._start(backend, progress)
         except BaseException:
             backend.close()

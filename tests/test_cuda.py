@@ -510,9 +510,39 @@ def test_a_card_that_is_lost_while_it_works_ends_the_engine(open_llm, monkeypatc
     assert "ZeroDivisionError" in str(llm.engine.dead)
 
 
+def test_a_card_that_is_lost_at_the_start_is_told_once(open_llm, monkeypatch):
+    def lose(module, name):
+        cupy_cpu.LOST.append(RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered"))
+        raise cupy_cpu.LOST[0]
+
+    monkeypatch.setattr(cupy_cpu.RawModule, "get_function", lose)
+    with pytest.raises(rustinfer.DeviceError) as found:
+        open_llm()
+    assert str(found.value).count("cudaErrorIllegalAddress") == str(found.value).count("last kernel launched") == 1
+
+
+def test_an_error_while_graphs_are_captured_is_told_once(open_llm, monkeypatch):
+    monkeypatch.setattr(cupy_cpu.Graph, "upload", lambda *_: raise_(RuntimeError("no driver for graphs")))
+    with pytest.raises(rustinfer.DeviceError) as found:
+        open_llm()
+    assert str(found.value) == "RuntimeError: no driver for graphs (last kernel launched: sample_draw)"
+
+
+def raise_(error):
+    raise error
+
+
 def test_too_little_memory_is_an_error_that_says_what_to_change(open_llm, monkeypatch):
     monkeypatch.setattr(cupy_cpu, "MEMORY", [100_000])
     with pytest.raises(SettingsError, match="card's memory is not enough.*lower --max-num-seqs"):
+        open_llm()
+
+
+@pytest.mark.parametrize("owner, name", [(cupy_cpu.cuda, "alloc_pinned_memory"), (cupy_cpu.Graph, "upload")])
+def test_too_little_memory_beside_the_pool_is_told_alike(open_llm, monkeypatch, owner, name):
+    error = RuntimeError("cudaErrorMemoryAllocation: out of memory")
+    monkeypatch.setattr(owner, name, lambda *_: raise_(error))
+    with pytest.raises(SettingsError, match="memory is not enough: cudaError.*or --gpu-memory-utilization"):
         open_llm()
 
 
