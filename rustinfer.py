@@ -4306,7 +4306,8 @@ class Engine:
             self._thread.join()
         with self._lock:  # one closer at a time
             self._runner = self._in_flight = None  # graphs hold on to what they were captured with
-            with self.model.backend.on_device():
+            on_lost_card = contextlib.suppress(Exception) if self.dead else contextlib.nullcontext()  # it refuses all
+            with on_lost_card, self.model.backend.on_device():
                 self.model.close()
 
     def place(self, seq: Sequence) -> tuple[int, float | None] | None:
