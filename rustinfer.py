@@ -2141,22 +2141,23 @@ def find_card(wanted: str) -> tuple[Any, str]:
         count = cupy.cuda.runtime.getDeviceCount()
         if index >= count:
             raise ValueError(f"CuPy sees {count} card(s)")
-        return cupy.cuda.Device(index), f"CuPy sees {count} card(s)"
-    except ImportError:
-        reason = "CuPy is not installed"
-    except Exception as error:  # CuPy's own errors, which cannot be named before it is imported
-        reason = shorten(str(error).split("\n")[0])
+        device = cupy.cuda.Device(index)
+        device.use()  # fails where the card is taken, or has no memory left for a context
+        return device, f"CuPy sees {count} card(s)"
+    except Exception as error:  # CuPy's own errors cannot be named before it is imported
+        is_missing = isinstance(error, ModuleNotFoundError) and error.name == "cupy"
+        cause = error.__cause__ or error  # a CuPy that cannot be loaded draws a box around what was wrong
+        reason = "CuPy is not installed" if is_missing else shorten(str(cause).strip().split("\n")[0])
     if wanted != "auto":
         raise SettingsError(
             f"--device: {wanted!r} cannot be used: {reason}; install rustinfer[cuda12] or use --device cpu")
     return None, f"no card: {reason}"
 
 
-def pick_card_backend(config: EngineConfig, model: ModelConfig, device: Any, reason: str) -> tuple[ArrayBackend, str]:
-    """The backend for a card, and in words why it was chosen."""
+def pick_card_backend(config: EngineConfig, model: ModelConfig, reason: str) -> tuple[ArrayBackend, str]:
+    """The backend for the card in use, and in words why it was chosen."""
     import cupy
 
-    device.use()
     folder = find_data("kernels")
     refusal = CudaBackend.why_not(cupy, config, model, folder)
     if refusal is None:
@@ -2632,7 +2633,7 @@ def pick_backend(config: EngineConfig, model: ModelConfig) -> tuple[ArrayBackend
     if config.device != "cpu":
         device, reason = find_card(config.device)
         if device is not None:
-            return pick_card_backend(config, model, device, reason)
+            return pick_card_backend(config, model, reason)
     try:
         return load_cpu_kernels(config, model), reason
     except KernelError as error:

@@ -536,6 +536,21 @@ def test_an_error_while_graphs_are_captured_is_told_once(open_llm, monkeypatch):
     assert str(found.value) == "RuntimeError: no driver for graphs (last kernel launched: sample_draw)"
 
 
+def test_a_card_that_is_taken_is_not_used(monkeypatch):
+    monkeypatch.setattr(cupy_cpu.Device, "use", lambda self: raise_(RuntimeError("cudaErrorDevicesUnavailable: busy")))
+    assert rustinfer.find_card("auto") == (None, "no card: cudaErrorDevicesUnavailable: busy")
+    with pytest.raises(SettingsError, match="--device: 'cuda:0' cannot be used: cudaErrorDevicesUnavailable: busy"):
+        rustinfer.find_card("cuda:0")
+
+
+def test_cupy_that_cannot_be_loaded_says_why(monkeypatch, tmp_path):
+    (tmp_path / "cupy.py").write_text("try:\n    import numpy.nothing\n"
+                                      "except ImportError as error:\n    raise ImportError('\\n=====') from error\n")
+    monkeypatch.delitem(sys.modules, "cupy")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert rustinfer.find_card("auto") == (None, "no card: No module named 'numpy.nothing'")
+
+
 def raise_(error):
     raise error
 
