@@ -1890,7 +1890,12 @@ class CudaBackend(ArrayBackend):
         source = (self.folder / f"{name}.cu").read_text(encoding="utf-8")
         macros = (f"-D{key}={value}" for key, value in dims.items())
         module = self.xp.RawModule(code=source, options=("-std=c++17", "-fmad=false", f"-I{self.folder}", *macros))
-        module.compile()  # or CuPy would leave it to the first launch
+        try:
+            module.compile()  # or CuPy would leave it to the first launch
+        except Exception as error:
+            raise DeviceError(
+                f"kernels/{name}.cu cannot be compiled: {type(error).__name__}: {shorten(str(error).strip(), 2000)}; "
+                "the compiler (NVRTC) comes with rustinfer[cuda12] and rustinfer[cuda13]") from error
         return module
 
     def _allocate(self, max_model_len: int) -> None:

@@ -551,6 +551,12 @@ def test_cupy_that_cannot_be_loaded_says_why(monkeypatch, tmp_path):
     assert rustinfer.find_card("auto") == (None, "no card: No module named 'numpy.nothing'")
 
 
+def test_a_missing_compiler_is_told_with_what_brings_it(open_llm, monkeypatch):
+    monkeypatch.setattr(cupy_cpu.RawModule, "compile", lambda self: raise_(OSError("no libnvrtc.so.12")))
+    with pytest.raises(rustinfer.DeviceError, match=r"patch_state.cu .*no libnvrtc.so.12; .* rustinfer\[cuda12\]"):
+        open_llm()
+
+
 def raise_(error):
     raise error
 
