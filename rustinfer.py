@@ -1858,7 +1858,7 @@ class CudaBackend(ArrayBackend):
         with contextlib.suppress(Exception):  # a lost card cannot be waited for
             self.stream.synchronize()
         self._upload = self.buffers = self.state = self.cos_sin = self._modules = self._kernels = None
-        self.records = self.scores = self.masks = None
+        self.records = self.scores = self.masks = self._step = None
         super().close()
 
     # -- before the first step

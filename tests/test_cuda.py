@@ -1,5 +1,6 @@
 """CudaBackend and CudaRunner on the CPU: the real kernels, graphs and host code, on a stand-in for CuPy."""
 import contextlib
+import gc
 import json
 import re
 import shutil
@@ -573,6 +574,16 @@ def test_too_little_memory_beside_the_pool_is_told_alike(open_llm, monkeypatch, 
     monkeypatch.setattr(owner, name, lambda *_: raise_(error))
     with pytest.raises(SettingsError, match="memory is not enough: cudaError.*or --gpu-memory-utilization"):
         open_llm()
+
+
+def test_a_closed_model_holds_nothing_on_the_card(open_llm):
+    gc.collect()  # of other tests
+    pool = cupy_cpu.get_default_memory_pool()
+    before, llm = pool.used_bytes(), open_llm()
+    list(llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
+    assert pool.used_bytes() > before
+    llm.close()
+    assert pool.used_bytes() <= before
 
 
 def test_a_checkpoint_that_is_not_whole_is_still_told_as_such(open_llm, folder, tmp_path):
