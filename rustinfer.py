@@ -1351,7 +1351,9 @@ class ArrayBackend:
         self.tile = self.attention_tile = 8
         self.wide = False
         self.on_host = xp is np
-        self.device_index: int | None = None if self.on_host else xp.cuda.Device().id  # which card
+        card = None if self.on_host else xp.cuda.Device()
+        self.device_index: int | None = card and card.id
+        self.pci_bus_id: str | None = card and card.pci_bus_id  # other tools count the cards in another order
         self._pool = ThreadPoolExecutor(threads - 1, "rustinfer-blas") if threads > 1 and batch_invariant else None
         self.threads = threads if self._pool else 1
         self._holds_blas = self.on_host and batch_invariant
@@ -3746,14 +3748,14 @@ class EngineCollector:
 class MachineProbe:
     """The machine's load in the seed's shape; the card through the module pynvml where there is one."""
 
-    def __init__(self, device_index: int | None):
+    def __init__(self, device_index: int | None = None, pci_bus_id: str | None = None):
         self._device_index, self._card, self._nvml = device_index, None, None
         psutil.cpu_percent()  # the first call only starts the measurement
         if device_index is not None:
             try:
                 self._nvml = importlib.import_module("pynvml")
                 self._nvml.nvmlInit()
-                self._card = self._nvml.nvmlDeviceGetHandleByIndex(device_index)
+                self._card = self._nvml.nvmlDeviceGetHandleByPciBusId(pci_bus_id)
             except Exception as error:  # no module, no driver, no such card: the card's numbers are null
                 log.warning("no card metrics: %s", shorten(error))
 
@@ -6543,7 +6545,7 @@ class LLM:
         self.engine = Engine(model, self.config, num_blocks, self._eos_token_ids(), self.name)
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.engine.eos_token_ids)
         self.max_model_len, self.num_parameters = self.engine.max_model_len, model.num_parameters
-        self.device_index, self.backend_name = backend.device_index, backend.name
+        self.device_index, self.pci_bus_id, self.backend_name = backend.device_index, backend.pci_bus_id, backend.name
         self.kv_capacity = num_blocks * self.config.block_size  # tokens
 
     def _check_vocabulary(self) -> None:
@@ -7376,7 +7378,7 @@ class Server:
 
     def attach(self, llm: LLM | None) -> None:
         """The model is loaded: answer requests."""
-        self._probe = MachineProbe(llm.device_index if llm else None)
+        self._probe = MachineProbe(*((llm.device_index, llm.pci_bus_id) if llm else ()))
         self._registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self._registry)
         if llm:

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import cupy_cpu
 import numpy as np
@@ -574,6 +575,21 @@ def test_too_little_memory_beside_the_pool_is_told_alike(open_llm, monkeypatch, 
     monkeypatch.setattr(owner, name, lambda *_: raise_(error))
     with pytest.raises(SettingsError, match="memory is not enough: cudaError.*or --gpu-memory-utilization"):
         open_llm()
+
+
+def test_the_card_of_the_metrics_is_found_by_its_place_in_the_machine(open_llm, monkeypatch):
+    class Card:  # as pynvml has it; it does not know CUDA_VISIBLE_DEVICES
+        total, used, gpu = 8 << 30, 1 << 30, 50
+
+    cards = {"0000:09:00.0": None, "0000:08:00.0": Card}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda index: list(cards.values())[index],
+        nvmlDeviceGetHandleByPciBusId=cards.get, nvmlDeviceGetMemoryInfo=lambda card: card,
+        nvmlDeviceGetUtilizationRates=lambda card: card, nvmlDeviceGetTemperature=lambda card, kind: 40,
+        nvmlDeviceGetPowerUsage=lambda card: 70_000, NVML_TEMPERATURE_GPU=0, NVMLError=RuntimeError))
+    llm = open_llm()
+    found = rustinfer.MachineProbe(llm.device_index, llm.pci_bus_id).card()
+    assert found["device_id"] == 0 and found["memory_used_mb"] == 1024 and found["power_watts"] == 70
 
 
 def test_a_closed_model_holds_nothing_on_the_card(open_llm):
