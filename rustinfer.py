@@ -4395,7 +4395,7 @@ class Engine:
         """Start a step and take its tokens for computed; None when that failed."""
         try:
             launched = self._run(step)
-        except DeviceError:
+        except (DeviceError, SettingsError):  # or the card's memory was short: nobody knows how far the step came
             raise
         except Exception as error:
             self._fail(step, error)

@@ -512,6 +512,14 @@ def test_a_card_that_is_lost_while_it_works_ends_the_engine(open_llm, monkeypatc
     assert "ZeroDivisionError" in str(llm.engine.dead)
 
 
+def test_memory_that_runs_short_in_a_step_ends_the_engine(open_llm, monkeypatch):
+    llm = open_llm()
+    monkeypatch.setattr(cupy_cpu, "MEMORY", [0])
+    with pytest.raises(EngineError, match="the engine has failed"):
+        list(llm.engine.submit([1, 2, 3], SamplingParams(max_tokens=3)))
+    assert "memory is not enough" in str(llm.engine.dead)
+
+
 def test_an_engine_on_a_lost_card_can_be_closed(open_llm):
     llm = open_llm()
     cupy_cpu.LOST.append(RuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered"))
