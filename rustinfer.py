@@ -2105,10 +2105,12 @@ class CudaBackend(ArrayBackend):
                      self._send(pairs), len(pairs))
 
     def _send(self, array: np.ndarray) -> Any:
-        """A copy on the device, made in the stream's order."""
-        target = self.xp.empty(array.shape, array.dtype)
-        target.set(array, stream=self.stream)
-        return target
+        """A copy on the device, made in the current stream's order, which is ours.
+
+        From pageable memory a copy may wait for the stream, and nothing promises that it is over when the call returns:
+        CuPy takes it from a pinned buffer, which it keeps as long as needed.
+        """
+        return self.xp.asarray(array)
 
     def decode_step(self, size: int) -> CudaStep:
         """The step that a graph holds: every row one token that the card knows, on the seat `row_seats` says."""

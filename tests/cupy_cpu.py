@@ -37,9 +37,7 @@ class DeviceArray(np.ndarray):
             raise ValueError(f"{source.shape} {source.dtype} does not fit {self.shape} {self.dtype}")
         if stream.capturing is not None:  # CuPy does not ask whether the memory is pinned
             raise RuntimeError("the current stream is capturing, so H2D transfers are disallowed")
-        is_pinned = any(np.shares_memory(source, memory) for memory in _pinned)
-        kept = source if is_pinned else source.copy()
-        stream.add(lambda: np.copyto(self, kept))
+        stream.add(lambda: np.copyto(self, source))  # which the caller keeps as it is until then
 
     @property
     def data(self) -> types.SimpleNamespace:
@@ -62,6 +60,7 @@ empty = zeros
 
 
 def asarray(source) -> DeviceArray:
+    """A copy from a pinned buffer: nothing else can have seen the new array, so it is as good as done at its turn."""
     source = np.asarray(source)
     array = zeros(source.shape, source.dtype)
     array[...] = source

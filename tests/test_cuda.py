@@ -161,6 +161,17 @@ def test_preempted_sequences_resume_with_the_same_bits(open_llm):
     assert llm.engine.snapshot()["num_preemptions"] > 0
 
 
+def test_no_copy_reads_memory_that_may_be_gone(open_llm, monkeypatch):
+    def checked(self, source, stream):
+        assert any(np.shares_memory(source, memory) for memory in cupy_cpu._pinned)
+        send(self, source, stream)
+
+    send = cupy_cpu.DeviceArray.set
+    monkeypatch.setattr(cupy_cpu.DeviceArray, "set", checked)
+    params = SamplingParams(max_tokens=3, min_tokens=2, repetition_penalty=1.2, prompt_logprobs=1)
+    assert len(list(open_llm().engine.submit([1, 2, 3], params))) == 3
+
+
 def test_steady_decode_sends_nothing_to_the_card(open_llm, monkeypatch):
     llm, sent = open_llm(), []
     send = llm.engine.model.backend.patch_state
