@@ -4586,7 +4586,8 @@ TYPE_NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", l
 
 def type_name(value: Any) -> str:
     """A value's type as JSON calls it; from a program there may be others, by Python's names."""
-    return next((name for kind, name in TYPE_NAMES.items() if isinstance(value, kind)), f"Python {type(value).__name__}")
+    found = (name for kind, name in TYPE_NAMES.items() if isinstance(value, kind))
+    return next(found, f"Python {type(value).__name__}")
 
 
 def limits_of(field: Field) -> dict[str, float]:
