@@ -6421,6 +6421,12 @@ class Group:
         """Tokens of the answers as far as they were read."""
         return sum(len(answer.tokens) for answer in self.answers)
 
+    @property
+    def num_used_tokens(self) -> int:
+        """What counts against its key: the answers, and the prompts that did not only wait."""
+        begun = (answer.handle for answer in self.places[:: self.n] if answer.handle.timing.started)
+        return sum(handle.seq.num_prompt_tokens for handle in begun) + self.num_output_tokens
+
     def prompt_scores(self, place: int) -> list[Sampled]:
         """A prompt's tokens with their log-probabilities, the first without, where these were asked for."""
         seq = self.places[place - place % self.n].handle.seq
@@ -7634,7 +7640,7 @@ class Server:
                     reply = make_reply(group, llm.name)
                     (self._stream if request.stream else self._complete)(job, reply)
             finally:
-                client.settle(taken, group.num_prompt_tokens + group.num_output_tokens if group else 0)
+                client.settle(taken, group.num_used_tokens if group else 0)
 
     @contextlib.contextmanager
     def _job(self, handler: RequestHandler, llm: LLM, group: Group) -> Iterator[Job]:

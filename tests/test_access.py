@@ -6,7 +6,7 @@ import threading
 
 import openai
 import pytest
-from harness import RawConnection, ask, ServerProcess, client_of, local_server, slowed, wait_for
+from harness import RawConnection, ask, ServerProcess, client_of, local_server, num_running, slowed, wait_for
 
 import rustinfer
 from rustinfer import Allowance, Client, Limits, RateLimitError, Server, ServerConfig, SettingsError, Tenant
@@ -228,6 +228,18 @@ class TestLimits:
             for body in ({**HELLO, "model": "other"}, {**HELLO, "max_tokens": 10**6}):
                 assert ask(server, "POST", CHAT, body)[0] in (400, 404)
             assert ask(server, "GET", "/v1/models")[1]["x-ratelimit-remaining-tokens"] == "600"
+
+    def test_a_prompt_that_only_waited_costs_nothing(self):
+        with rustinfer.LLM(None, device="cpu", max_num_seqs=1) as llm, slowed(llm, 0.02):
+            with local_server(llm, tokens_per_minute=5000) as server, RawConnection(server.port) as runs:
+                runs.send_request("POST", CHAT, {**HELLO, "max_tokens": 1000, "ignore_eos": True})
+                wait_for(lambda: num_running(llm) == 1)
+                left = lambda: int(ask(server, "GET", "/v1/models")[1]["x-ratelimit-remaining-tokens"])
+                before = left()
+                with RawConnection(server.port) as waits:
+                    waits.send_request("POST", "/v1/completions", {"prompt": [5] * 2000}, {"x-request-id": "waits"})
+                    wait_for(lambda: ask(server, "DELETE", "/v1/queue/waits")[0] == 200)
+                    assert waits.read_response()[0] == 409 and left() >= before
 
     def test_forgotten_addresses_are_those_that_were_silent_longest(self, monkeypatch):
         monkeypatch.setattr(rustinfer.Access, "MAX_ADDRESSES", 3)
