@@ -3647,7 +3647,7 @@ HISTOGRAMS = {  # name in Prometheus: (what it is, upper bounds)
 GAUGES = {"num_requests_running": "Sequences that run", "num_requests_waiting": "Sequences that wait",
           "kv_cache_usage_perc": "Part of the KV blocks in use, 0 to 1"}
 COUNTERS = {"num_preemptions": "Sequences that were preempted", "steps": "Steps of the engine",
-            "prompt_tokens": "Prompt tokens of finished requests",
+            "prompt_tokens": "Prompt tokens of finished requests that ran",
             "generation_tokens": "Output tokens",
             "prefix_cache_queries": "Prompt tokens looked up in the prefix cache",
             "prefix_cache_hits": "Prompt tokens found in the prefix cache"}
@@ -3684,12 +3684,12 @@ class Metrics:
 
     def finished(self, reason: str, seq: Sequence, timing: Timing) -> None:
         self.requests[reason] = self.requests.get(reason, 0) + 1
-        self.prompt_tokens += seq.num_prompt_tokens
-        self.cached_tokens += seq.num_cached_tokens
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
-        if timing.started is not None:
+        if timing.started is not None:  # of one that only waited nothing was looked up or computed
+            self.prompt_tokens += seq.num_prompt_tokens
+            self.cached_tokens += seq.num_cached_tokens
             self._served.append(timing.e2e_s - timing.queue_s)
         if timing.first_token is not None:
             self._observe(seq, timing)

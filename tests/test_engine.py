@@ -259,6 +259,7 @@ def test_abort_while_waiting_ends_at_once(open_llm):
     second = llm.engine.submit(PROMPT, SHORT)
     second.abort()
     assert second.finish_reason == "abort" and list(second) == []
+    assert llm.engine.snapshot()["prompt_tokens"] == 0  # of a prompt that was neither computed nor looked up
     gate.free()
     assert len(list(first)) == 5
 
