@@ -7311,7 +7311,8 @@ class Job:
         """Ids, ages and sizes; never text."""
         sequences = [answer.handle.seq for answer in self.group.answers]
         place, timing = self.place(), self.group.places[0].handle.timing
-        return {"id": self.request_id, "state": "waiting" if place else "running",
+        waits = place or sequences[0] in self.llm.engine.scheduler.aside
+        return {"id": self.request_id, "state": "waiting" if waits else "running",
                 "position": place[0] if place else None, "age_seconds": round(time.monotonic() - self.since, 3),
                 "queue_ms": round(timing.queue_s * 1000, 1), "prefill_ms": round(timing.prefill_s * 1000, 1),
                 "decode_ms": round(timing.decode_s * 1000, 1),
@@ -7717,8 +7718,8 @@ class Server:
     # -- the queue
 
     def _own_jobs(self, handler: RequestHandler) -> list[Job]:
-        """Those of who asks, oldest first."""
-        own = [job for job in list(self._jobs) if job.client is handler.client]
+        """Those of who asks, oldest first; not one that was cancelled, though its client may be slow to read it."""
+        own = [job for job in list(self._jobs) if job.client is handler.client and not job.cancelled]
         return sorted(own, key=lambda job: job.since)
 
     def _queue(self, handler: RequestHandler) -> None:

@@ -398,6 +398,19 @@ class TestNobodyReads:
         assert streamed_text(parse_events(slow.read_response()[2])) == streamed_text(parse_events(right))
         slow.socket.close()
 
+    def test_one_that_is_put_aside_waits_and_once_cancelled_is_no_longer_listed(self, llm, server):
+        with RawConnection(server.port) as slow, RawConnection(server.port) as raw:
+            slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.send_request("POST", CHAT, chat_body(**MUCH), {"x-request-id": "slow"})
+            wait_for(lambda: llm.engine.scheduler.aside)
+            [entry] = raw.request("GET", "/v1/queue")[2]["requests"]
+            assert (entry["state"], entry["position"], entry["kv_blocks"]) == ("waiting", None, 0)
+            assert raw.request("DELETE", "/v1/queue/slow")[2]["cancelled"]
+            assert raw.request("GET", "/v1/queue")[2]["requests"] == []
+            wait_for(lambda: not llm.engine._handles)
+            status, _, body = slow.read_response()
+            assert status == 200 and parse_events(body)[-1]["error"]["code"] == "cancelled"
+
     @pytest.mark.parametrize("how", ["leave", "drain"])
     def test_one_that_is_put_aside_can_leave(self, llm, how):
         with local_server(llm) as server:
