@@ -6937,6 +6937,10 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         self.owner.connections.discard(self)
+        if isinstance(self.connection, ssl.SSLSocket):
+            with contextlib.suppress(OSError, ValueError):  # what tells the client that nothing was cut off
+                self.connection.settimeout(0)
+                self.connection.unwrap()
 
     def handle(self) -> None:
         try:

@@ -228,6 +228,18 @@ class TestTLS:
                          client.chat.completions.create(stream=True, **options)]
                 assert "".join(parts) == whole
 
+    @pytest.mark.parametrize("version, fields", [("1.0", {"stream": True}), ("1.1", {})])
+    def test_the_end_of_a_connection_is_told_from_a_cut(self, tiny_llm, files, version, fields):
+        trusted = ssl.create_default_context(cafile=str(files / "ca.pem"))
+        body = json.dumps(chat_body(max_tokens=3, **fields)).encode()
+        head = (f"POST {CHAT} HTTP/{version}\r\nHost: localhost\r\nConnection: close\r\n"
+                f"Content-Length: {len(body)}\r\n\r\n")
+        with local_server(tiny_llm, ssl_certfile=str(files / "both.pem")) as server:
+            with RawConnection(server.port) as raw:
+                raw.socket = trusted.wrap_socket(raw.socket, server_hostname="localhost", suppress_ragged_eofs=False)
+                raw.send(head.encode() + body)
+                assert b" 200 " in raw.read_rest()  # an SSLEOFError where the end is not told
+
     def test_a_client_that_leaves_is_noticed(self, tiny_llm, files):
         trusted = ssl.create_default_context(cafile=str(files / "ca.pem"))
         with slowed(tiny_llm, 0.02), local_server(tiny_llm, ssl_certfile=str(files / "both.pem")) as server:
