@@ -4199,8 +4199,10 @@ class Engine:
         self.eos_token_ids = frozenset(end for end in eos_token_ids if 0 <= end < model.config.vocab_size)
         self.blocks = BlockManager(num_blocks, config.block_size, not config.no_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config.max_num_seqs, config.max_num_batched_tokens)
-        self.max_model_len = min(config.max_model_len or model.config.max_position_embeddings,
-                                 num_blocks * config.block_size)
+        asked, room = config.max_model_len or model.config.max_position_embeddings, num_blocks * config.block_size
+        self.max_model_len = min(asked, room)
+        self._limited_by = ("--kv-cache-memory" if room < asked else  # None: the model's own length
+                            "--max-model-len" if asked < model.config.max_position_embeddings else None)
         self.metrics = Metrics(model_name)
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
@@ -4265,10 +4267,10 @@ class Engine:
         wanted = params.max_tokens
         if length >= limit or (wanted is not None and length + wanted > limit):
             output = f" and {wanted} of output are asked for" if wanted else ", which leaves no room for output"
+            longer = f", or start with a larger {self._limited_by}" if self._limited_by else ""
             raise ContextLengthError(  # litellm finds it by its first words, langchain-openai by the code in the text
                 f"This model's maximum context length is {limit} tokens: the prompt has {length} tokens{output}; "
-                "shorten the prompt, ask for less output or start with a larger --max-model-len "
-                "(context_length_exceeded)", param)
+                f"shorten the prompt or ask for less output{longer} (context_length_exceeded)", param)
         return params if wanted is not None else dataclasses.replace(
             params, max_tokens=min(self.most_tokens(params), limit - length))
 

@@ -1,5 +1,6 @@
 """Engine: submit, abort, faults, death, close; a real engine on a small model, with faults put in by hand."""
 import itertools
+import re
 import threading
 import time
 
@@ -230,6 +231,15 @@ def test_context_errors_name_both_numbers(open_llm, length, max_tokens):
         llm.engine.submit([20] * length, SamplingParams(max_tokens=max_tokens))
     assert "30" in str(caught.value) and str(length) in str(caught.value) and str(max_tokens or "") in str(caught.value)
     assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("options, longer", [
+    ({}, None), ({"max_model_len": 30}, "--max-model-len"), ({"kv_cache_memory": 3 * 4096}, "--kv-cache-memory"),
+    ({"max_model_len": 100, "kv_cache_memory": 3 * 4096}, "--kv-cache-memory")])
+def test_context_errors_name_the_setting_that_makes_room_if_there_is_one(open_llm, options, longer):
+    with pytest.raises(ContextLengthError) as caught:
+        open_llm(**options).engine.submit([20] * 5, SamplingParams(max_tokens=10_000))
+    assert re.findall("--[a-z-]+", str(caught.value)) == ([longer] if longer else [])
 
 
 def test_prompt_that_can_never_fit_the_cache_is_refused(open_llm):
