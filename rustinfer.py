@@ -997,7 +997,7 @@ class ChatTemplate:
 
 # ==============================================================================
 # Checkpoint -- config.json and safetensors by memory map, sharded, from a folder or the Hub
-# uses: Errors, Tokenizer
+# uses: Errors, Settings, Tokenizer
 # ==============================================================================
 
 
@@ -1204,7 +1204,7 @@ def resolve_model(model: str | os.PathLike | None) -> Path:
 
 # ==============================================================================
 # Backend -- every op as array expressions, on NumPy or CuPy; backends with kernels override ops
-# uses: Errors, Settings, Checkpoint
+# uses: Checkpoint
 # ==============================================================================
 
 
@@ -2949,9 +2949,9 @@ class Structure(NamedTuple):
 
 def pack_bits(allowed: np.ndarray) -> np.ndarray:
     """(n,) bool -> (ceil(n / 32),) uint32, the lowest bit first; 0 behind the last."""
-    words, packed = np.zeros(-(-len(allowed) // 32), np.uint32), np.packbits(allowed, bitorder="little")
-    words.view(np.uint8)[: len(packed)] = packed
-    return words
+    bits, packed = np.zeros(-(-len(allowed) // 32), np.uint32), np.packbits(allowed, bitorder="little")
+    bits.view(np.uint8)[: len(packed)] = packed
+    return bits
 
 
 class Constraint:
@@ -3121,7 +3121,7 @@ class GrammarCompiler:
 # II. MANY REQUESTS AT ONCE
 # ==============================================================================
 # KV cache -- blocks, reference counts, prefix hashes; no arrays
-# uses: Settings, Sampler, Grammar
+# uses: Errors, Settings, Sampler, Grammar
 # ==============================================================================
 
 
@@ -3334,7 +3334,7 @@ class BlockManager:
 
 # ==============================================================================
 # Scheduler -- which sequences run in the next step, and how many tokens of each
-# uses: Settings, KV cache
+# uses: KV cache
 # ==============================================================================
 
 
@@ -3597,7 +3597,7 @@ class Scheduler:
 
 # ==============================================================================
 # Metrics -- counters, sums and a snapshot of the machine
-# uses: KV cache
+# uses: Errors, KV cache
 # ==============================================================================
 
 
@@ -3796,7 +3796,7 @@ class MachineProbe:
 
 # ==============================================================================
 # Runner -- a step from its sequences to their tokens, on arrays or on a card
-# uses: Settings, Backend, CUDA, CPU, Model, Sampler, KV cache, Scheduler
+# uses: Settings, Backend, CUDA, CPU, Model, Sampler, Grammar, KV cache, Scheduler
 # ==============================================================================
 
 
@@ -6668,7 +6668,7 @@ class LLM:
 
 # ==============================================================================
 # Server -- routes, SSE, limits, CORS, shutdown; no model knowledge
-# uses: Errors, Settings, Metrics, API, Access, LLM
+# uses: Errors, Settings, Checkpoint, Metrics, API, Responses, Messages, Access, LLM
 # ==============================================================================
 
 MAX_HEAD, MAX_LINE, MAX_BODY, MAX_REST, MAX_HEADERS = 32 << 10, 8 << 10, 4 << 20, 256 << 10, 100  # bytes; a count
