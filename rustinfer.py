@@ -1161,9 +1161,6 @@ class Checkpoint:
             elif name != "__metadata__" and name.endswith(("weight", "bias")):
                 raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; BF16, F16 and F32 are supported")
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._where
-
     def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
         """The named tensor, whose shape must be `shape`."""
         if name not in self._where:
@@ -2652,7 +2649,7 @@ def pick_backend(config: EngineConfig, model: ModelConfig) -> tuple[ArrayBackend
 
 # ==============================================================================
 # Model -- the Llama forward pass over one mixed batch
-# uses: Errors, Checkpoint, Backend
+# uses: Checkpoint, Backend
 # ==============================================================================
 
 
@@ -2678,11 +2675,8 @@ class Llama:
             self.layers.append(self._read_layer(checkpoint, f"model.layers.{index}."))
             progress((index + 1) / (c.num_layers + 1))
         self.norm = self._read(checkpoint, "model.norm", (c.hidden_size,))
-        tied = c.tie_word_embeddings or "lm_head.weight" not in checkpoint
-        if tied and not c.tie_word_embeddings:
-            raise CheckpointError(
-                f"{checkpoint.folder}: tensor lm_head.weight [{c.vocab_size}, {c.hidden_size}] is missing")
-        self.head = self.embed if tied else self._read(checkpoint, "lm_head", (c.vocab_size, c.hidden_size))
+        self.head = self.embed if c.tie_word_embeddings else self._read(
+            checkpoint, "lm_head", (c.vocab_size, c.hidden_size))
         progress(1.0)
 
     def _read(self, checkpoint: Checkpoint, names: str | list[str], *shapes: tuple[int, ...],

@@ -192,13 +192,9 @@ class RandomCheckpoint:
 
     POOL = (1 << 24) - 3  # values, used again and again; odd, so that no two rows of a weight are alike
 
-    def __init__(self, tied: bool, pool: int = POOL):
-        self.folder, self._tied = Path("random weights"), tied
+    def __init__(self, pool: int = POOL):
         values = 0.02 * np.random.default_rng(0).standard_normal(pool, np.float32)
         self._pool = np.tile(rustinfer.to_bfloat16(RawTensor(values, "F32")), 2)
-
-    def __contains__(self, name: str) -> bool:
-        return not (self._tied and name == "lm_head.weight")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:
         half = len(self._pool) // 2
@@ -217,8 +213,8 @@ def model_config(shape: dict, num_layers: int | None = None, max_position_embedd
 
 
 @functools.cache
-def random_weights(tied: bool, dry: bool) -> RandomCheckpoint:
-    return RandomCheckpoint(tied, *([4093] if dry else []))
+def random_weights(dry: bool) -> RandomCheckpoint:
+    return RandomCheckpoint(*([4093] if dry else []))
 
 
 def load_on_card(card: Card, config: EngineConfig, model: ModelConfig, max_model_len: int) -> Llama:
@@ -228,7 +224,7 @@ def load_on_card(card: Card, config: EngineConfig, model: ModelConfig, max_model
     try:
         with backend.on_device(), backend.errors():
             llama = Llama(model, backend, max_model_len, config.block_size)
-            llama.load(random_weights(model.tie_word_embeddings, card.dry))
+            llama.load(random_weights(card.dry))
             return llama
     except BaseException:
         backend.close()
@@ -238,7 +234,7 @@ def load_on_card(card: Card, config: EngineConfig, model: ModelConfig, max_model
 def load_on_host(card: Card, model: ModelConfig, max_model_len: int, num_blocks: int) -> Llama:
     """The same weights in float32, computed by the array expressions on NumPy."""
     llama = Llama(model, rustinfer.ArrayBackend(np, batch_invariant=False), max_model_len, 16)
-    llama.load(random_weights(model.tie_word_embeddings, card.dry))
+    llama.load(random_weights(card.dry))
     llama.allocate_kv_cache(num_blocks)
     return llama
 
@@ -258,7 +254,7 @@ def write_checkpoint(card: Card, name: str, num_layers: int | None = None) -> Pa
     make_references.write_json(folder / "generation_config.json", make_references.generation_config(files))
     make_references.write_json(folder / "tokenizer.json", files.tokenizer, indent=None)
     make_references.write_json(folder / "tokenizer_config.json", files.config)
-    weights = random_weights(shape["tied"], card.dry)
+    weights = random_weights(card.dry)
     tensors = {key: weights.tensor(key, size).data for key, size in make_references.tensor_shapes(dims).items()}
     make_references.write_safetensors(folder / "model.safetensors", tensors, "bfloat16")
     return folder
