@@ -1213,7 +1213,6 @@ class Batch:
     positions: np.ndarray  # (T,) int64
     slot_mapping: np.ndarray  # (T,) int64, where each token's key and value go: block_id * S + offset
     cu_seqlens_q: np.ndarray  # (B+1,) int64, sequence b owns tokens [cu[b], cu[b+1])
-    context_lens: np.ndarray  # (B,) int64, cached tokens once this step's are written
     block_tables: np.ndarray  # (B, max blocks) int64, padded with 0
     logits_indices: np.ndarray  # (R,) int64, the tokens whose logits are wanted
 
@@ -2583,7 +2582,7 @@ def run_probe(backend: ArrayBackend, config: ModelConfig, block_size: int, piece
     for start, stop in pieces:
         at = np.arange(start, stop)
         step = backend.prepare(Batch(at, at, tables[0, at // block_size] * block_size + at % block_size,
-                                     np.array([0, stop - start]), np.array([stop]), tables, at - start))
+                                     np.array([0, stop - start]), tables, at - start))
         x = backend.run_layers(backend.embedding(step, table), layers, kv_cache, step)
         outputs.append(backend.lm_head(x, norm, table, step).copy())
     return np.concatenate(outputs)
@@ -3812,7 +3811,7 @@ def prepare_batch(step: Step, block_size: int) -> Batch:
         input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
                             seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
         positions=positions, slot_mapping=slots + positions % block_size, cu_seqlens_q=np.concatenate(([0], ends)),
-        context_lens=computed + counts, block_tables=tables,
+        block_tables=tables,
         logits_indices=np.concatenate(((ends - 1)[computed + counts == lengths], np.array(scored, np.int64))))
 
 

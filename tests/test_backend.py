@@ -129,8 +129,8 @@ def make_case(sequences, kv_heads, group, head_dim, block_size=16, seed=0, layer
 
 def make_batch(sequences, positions, tables):
     cu = np.concatenate(([0], np.cumsum([queries for _, queries in sequences])))
-    contexts, empty = np.array([context for context, _ in sequences]), np.zeros(0, np.int64)
-    return Batch(empty, np.array(positions), empty, cu, contexts, tables, empty)
+    empty = np.zeros(0, np.int64)
+    return Batch(empty, np.array(positions), empty, cu, tables, empty)
 
 
 def plain_attention(q, contents, sequences, scale):

@@ -70,8 +70,7 @@ class Case:
         positions = np.concatenate([np.arange(first, first + count) for _, first, count in pieces]).astype(np.int64)
         tables = self.cache(block_size)[2][[b for b, _, _ in pieces]]
         none = np.empty(0, np.int64)
-        return Batch(none, positions, none, np.cumsum([0, *(count for *_, count in pieces)]),
-                     np.array([first + count for _, first, count in pieces]), tables, none)
+        return Batch(none, positions, none, np.cumsum([0, *(count for *_, count in pieces)]), tables, none)
 
     def rows(self, pieces):
         return np.concatenate([self.queries[b][first : first + count] for b, first, count in pieces])

@@ -33,7 +33,7 @@ class Runner:
             piece = np.array(token_ids[start : start + chunk])
             at = np.arange(start, start + len(piece))
             slots = self.table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-            batch = Batch(piece, at, slots, np.array([0, len(piece)]), at[-1:] + 1, self.table[None], at - start)
+            batch = Batch(piece, at, slots, np.array([0, len(piece)]), self.table[None], at - start)
             logits.append(self.model.run(batch).copy())
         return np.concatenate(logits)
 

@@ -55,7 +55,7 @@ def run_all_positions(llm, token_ids: list[int]) -> np.ndarray:
     model.allocate_kv_cache(num_blocks)
     try:
         every = np.arange(length)
-        return model.run(rustinfer.Batch(np.array(token_ids), every, every, np.array([0, length]), np.array([length]),
+        return model.run(rustinfer.Batch(np.array(token_ids), every, every, np.array([0, length]),
                                          np.arange(num_blocks)[None], every))
     finally:
         model.kv_cache = cache

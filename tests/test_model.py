@@ -36,7 +36,6 @@ class Runner:
         wanted = np.arange(len(token_ids)) if wanted is None else np.array(wanted)
         self.length += len(token_ids)
         return self.model.run(Batch(np.array(token_ids), positions, slots, np.array([0, len(token_ids)]),
-                                    np.array([self.length]),
                                     self.table[None], wanted))
 
     def run_chunks(self, token_ids, chunk):

@@ -402,7 +402,7 @@ def card_logits(model: Llama, ids: list[int], rows: int = 128) -> np.ndarray:
 def host_logits(model: Llama, ids: list[int]) -> np.ndarray:
     count, places = len(ids), np.arange(len(ids))
     blocks = np.arange(-(-count // 16))[None]
-    return model.run(Batch(np.array(ids), places, places, np.array([0, count]), np.array([count]), blocks, places))
+    return model.run(Batch(np.array(ids), places, places, np.array([0, count]), blocks, places))
 
 
 def compare_logits(found: np.ndarray, expected: np.ndarray, ids: list[int]) -> dict:
