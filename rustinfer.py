@@ -657,7 +657,6 @@ class Tokenizer:
             self._inside = self._read_plain(source.replace(first, '"prepend_scheme":"never"'))
         self._read_decoder(path, spec.get("decoder") or {})
         self._bytes: dict[int, bytes] = {}
-        self.vocab_size = self.inner.get_vocab_size(with_added_tokens=True)
 
     @staticmethod
     def _read_plain(source: str) -> tokenizers.Tokenizer:
@@ -1122,8 +1121,6 @@ class Checkpoint:
         self._where: dict[str, tuple[Path, str, tuple[int, ...], int]] = {}  # name -> file, dtype, shape, offset
         for path in self._files():
             self._read_header(path)
-        self.num_bytes = sum(math.prod(shape) * np.dtype(self.DTYPES[dtype]).itemsize
-                             for _, dtype, shape, _ in self._where.values())
 
     def _files(self) -> list[Path]:
         whole_file, index = self.folder / "model.safetensors", self.folder / "model.safetensors.index.json"
@@ -1155,10 +1152,11 @@ class Checkpoint:
         except (safetensors.SafetensorError, OSError, ValueError) as error:
             found = path.stat().st_size
             raise CheckpointError(f"{path}: not a whole safetensors file ({found} bytes): {shorten(error)}") from None
+        header.pop("__metadata__", None)
         for name, entry in header.items():
-            if name != "__metadata__" and entry["dtype"] in self.DTYPES:
+            if entry["dtype"] in self.DTYPES:
                 self._where[name] = (path, entry["dtype"], tuple(entry["shape"]), 8 + size + entry["data_offsets"][0])
-            elif name != "__metadata__" and name.endswith(("weight", "bias")):
+            elif name.endswith(("weight", "bias")):
                 raise CheckpointError(f"{path}: tensor {name} is {entry['dtype']}; BF16, F16 and F32 are supported")
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> RawTensor:

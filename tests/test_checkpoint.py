@@ -95,7 +95,6 @@ def test_the_config_tells_the_number_of_weights(name):
 def test_one_file_and_shards_give_the_same_tensors(tmp_path, dtype, number):
     folder = random_checkpoint(tmp_path / "model", **DIMS, dtype=dtype, shards=number)
     checkpoint, specials = Checkpoint(folder), json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
-    assert checkpoint.num_bytes == sum(map(np.prod, SHAPES.values())) * (4 if dtype == "float32" else 2)
     for name, values in random_weights(Dims(**DIMS), [token["id"] for token in specials]):
         stored = to_dtype(values, dtype)
         wide = (stored.astype(np.uint32) << 16).view(np.float32) if dtype == "bfloat16" else stored.astype(np.float32)

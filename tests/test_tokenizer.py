@@ -81,14 +81,14 @@ def test_broken_spellings_are_mended_to_plain_text(name):
 def test_streams_equal_the_whole_decode_for_random_ids(name):
     """Valid and invalid UTF-8, byte tokens, special tokens, ids without a token; the library decodes the same."""
     tokenizer, rng = TOKENIZERS[name], np.random.default_rng(11)
-    rare = [i for i in range(tokenizer.vocab_size) if len(tokenizer.token_bytes(i)) == 1
+    rare = [i for i in range(tokenizer.inner.get_vocab_size()) if len(tokenizer.token_bytes(i)) == 1
             and tokenizer.token_bytes(i)[0] > 127]
     for round in range(600):
-        pool = rare if round % 3 == 0 else tokenizer.vocab_size
+        pool = rare if round % 3 == 0 else tokenizer.inner.get_vocab_size()
         token_ids = rng.choice(pool, rng.integers(1, 16)).tolist()
         expected = tokenizer.inner.decode(token_ids, skip_special_tokens=True)
         assert tokenizer.decode(token_ids) == "".join(streamed(tokenizer, token_ids)) == expected
-    assert tokenizer.decode([tokenizer.vocab_size + 5]) == ""
+    assert tokenizer.decode([tokenizer.inner.get_vocab_size() + 5]) == ""
 
 
 @every_model
@@ -175,7 +175,7 @@ def test_added_tokens_that_are_not_special_are_text_and_tokens(tmp_path):
 
     tokenizer = changed_tokenizer(tmp_path, "llama3-tied", add)
     assert 304 in tokenizer.encode("a<tool>b") and tokenizer.decode(tokenizer.encode("a<tool>b")) == "a<tool>b"
-    assert tokenizer.vocab_size == 305
+    assert tokenizer.inner.get_vocab_size() == 305
 
 
 @pytest.mark.parametrize("scheme", ["first", "always", "never"])
