@@ -434,6 +434,11 @@ class ServerConfig(CheckedConfig):
     cors_origins: str = "*"
 
 
+def is_a(value: Any, kind: type | tuple[type, ...]) -> bool:
+    """As isinstance, but True and False are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How one request draws its tokens; names and meaning as in vLLM.
@@ -479,13 +484,12 @@ class SamplingParams:
                                 ("repetition_penalty", 0, 10), ("seed", -(1 << 63), (1 << 64) - 1),
                                 ("max_tokens", 1, 1 << 31), ("default_max_tokens", 1, 1 << 31),
                                 ("min_tokens", 0, 1 << 31), ("logprobs", 0, 20), ("prompt_logprobs", 0, 20)):
-            value, optional = getattr(self, name), name in (
-                "seed", "max_tokens", "default_max_tokens", "logprobs", "prompt_logprobs")
-            if value is None and optional:
+            value, default = getattr(self, name), getattr(SamplingParams, name)  # which says what kind a value is of
+            if value is None and default is None:
                 continue
-            kind = (int,) if optional or name in ("top_k", "min_tokens") else (int, float)
-            if isinstance(value, bool) or not isinstance(value, kind):
-                wanted = "a number" if float in kind else "a whole number"
+            fraction = isinstance(default, float)
+            if not is_a(value, (int, float) if fraction else int):
+                wanted = "a number" if fraction else "a whole number"
                 raise InvalidTypeError(f"{name} is {shorten(repr(value))}; it must be {wanted}", name)
             if not low <= value <= high:  # also refuses NaN
                 raise APIError(f"{name} is {shorten(value)}; it must be from {low} to {high}", name)
@@ -501,19 +505,17 @@ class SamplingParams:
     def _freeze(self, name: str, values: Any, kind: type, wanted: str) -> None:
         """Keep a list as a tuple, once each element is of its kind."""
         values = () if values is None else values
-        if not isinstance(values, (list, tuple)) or not all(
-                isinstance(value, kind) and not isinstance(value, bool) and value != "" for value in values):
+        if not isinstance(values, (list, tuple)) or not all(is_a(value, kind) and value != "" for value in values):
             raise InvalidTypeError(f"{name} is {shorten(values)}; it must be a list of {wanted}", name)
         object.__setattr__(self, name, tuple(values))
 
     def _freeze_bias(self, bias: Any) -> None:
         """Keep a mapping, or the pairs that an earlier one became, as pairs sorted by token id."""
-        plain = lambda value, kind: isinstance(value, kind) and not isinstance(value, bool)
         try:
             table = dict(() if bias is None else bias)
         except (TypeError, ValueError):
             table = {None: None}
-        if not all(plain(token_id, int) and plain(value, (int, float)) for token_id, value in table.items()):
+        if not all(is_a(token_id, int) and is_a(value, (int, float)) for token_id, value in table.items()):
             raise InvalidTypeError(f"logit_bias is {shorten(bias)}; it must map token ids to numbers", "logit_bias")
         if len(table) > self.MAX_LOGIT_BIAS:
             raise APIError(f"logit_bias has {len(table)} entries; it must have at most {self.MAX_LOGIT_BIAS}",
@@ -1062,7 +1064,7 @@ class ModelConfig:
     def _positive(path: Path, spec: dict, name: str, default: Any = None, kind: Any = int) -> Any:
         value = spec.get(name)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, kind) or not 0 < value < 1 << 31:
+        if not is_a(value, kind) or not 0 < value < 1 << 31:
             raise CheckpointError(f"{path}: {name} is {shorten(value)}; a positive number is expected")
         return value
 
