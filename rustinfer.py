@@ -1233,6 +1233,16 @@ class Layer(NamedTuple):
 
 
 @dataclass
+class AttentionGroup:
+    """Pieces of one shape, attended together: n pieces of t queries over c chunks of keys."""
+
+    tokens: Any  # (n, t) which tokens of the step
+    block_tables: Any  # (n, c * KV_CHUNK / S)
+    context_lens: list[int]  # (n,) keys that the last query of a piece may see
+    mask: Any  # (n, c, 1, tiles, rows, KV_CHUNK) bool, True where a query may see a key
+
+
+@dataclass
 class DeviceBatch:
     """A step on the device, as the array expressions need it."""
 
@@ -1285,33 +1295,6 @@ class BlasThreads:
             if cls._holders == 0:
                 cls._limiter.restore_original_limits()
                 cls._limiter = None
-
-
-@dataclass
-class AttentionGroup:
-    """Pieces of one shape, attended together: n pieces of t queries over c chunks of keys."""
-
-    tokens: Any  # (n, t) which tokens of the step
-    block_tables: Any  # (n, c * KV_CHUNK / S)
-    context_lens: list[int]  # (n,) keys that the last query of a piece may see
-    mask: Any  # (n, c, 1, tiles, rows, KV_CHUNK) bool, True where a query may see a key
-
-    @classmethod
-    def make(cls, backend: ArrayBackend, batch: Batch, t: int, num_chunks: int, members: list) -> AttentionGroup:
-        backend_rows, group_size, block_size = backend.attention_tile, backend.group_size, backend.block_size
-        tokens = np.array([first for _, first, _ in members])[:, None] + np.arange(t)
-        num_blocks = num_chunks * backend.KV_CHUNK // block_size
-        tables = np.zeros((len(members), num_blocks), np.int64)
-        for row, (b, _, _) in enumerate(members):
-            known = batch.block_tables[b, :num_blocks]
-            tables[row, : len(known)] = known
-        length = t * group_size
-        seen = np.zeros((len(members), -(-length // backend_rows) * backend_rows), np.int64)  # padding sees key 0
-        seen[:, :length] = np.repeat(batch.positions[tokens], group_size, axis=1)
-        keys = np.arange(num_chunks * backend.KV_CHUNK).reshape(1, num_chunks, 1, 1, 1, backend.KV_CHUNK)
-        mask = keys <= seen.reshape(len(members), 1, 1, -1, backend_rows, 1)
-        to_device = backend.to_device
-        return cls(to_device(tokens), to_device(tables), [context for _, _, context in members], to_device(mask))
 
 
 def available_memory() -> int:
@@ -1561,7 +1544,24 @@ class ArrayBackend:
                 if last - first == 1:  # single queries of similar contexts go together
                     num_chunks = 1 << (num_chunks - 1).bit_length()
                 pieces.setdefault((last - first, num_chunks), []).append((b, first, context))
-        return [AttentionGroup.make(self, batch, *shape, members) for shape, members in pieces.items()]
+        return [self._attention_group(batch, *shape, members) for shape, members in pieces.items()]
+
+    def _attention_group(self, batch: Batch, t: int, num_chunks: int,
+                         pieces: list[tuple[int, int, int]]) -> AttentionGroup:
+        """pieces: (sequence, first token, keys that the last query may see), of t queries over num_chunks chunks."""
+        n, length, rows = len(pieces), t * self.group_size, self.attention_tile
+        tokens = np.array([first for _, first, _ in pieces])[:, None] + np.arange(t)
+        num_blocks = num_chunks * self.KV_CHUNK // self.block_size
+        tables = np.zeros((n, num_blocks), np.int64)
+        for row, (b, _, _) in enumerate(pieces):
+            known = batch.block_tables[b, :num_blocks]
+            tables[row, : len(known)] = known
+        seen = np.zeros((n, -(-length // rows) * rows), np.int64)  # padding sees key 0
+        seen[:, :length] = np.repeat(batch.positions[tokens], self.group_size, axis=1)
+        keys = np.arange(num_chunks * self.KV_CHUNK).reshape(1, num_chunks, 1, 1, 1, self.KV_CHUNK)
+        mask = self.to_device(keys <= seen.reshape(n, 1, 1, -1, rows, 1))
+        return AttentionGroup(
+            self.to_device(tokens), self.to_device(tables), [context for _, _, context in pieces], mask)
 
     def paged_attention(self, q: Any, kv_cache: Any, plan: list[AttentionGroup], scale: float) -> Any:
         """Causal attention of new queries over all cached keys of their sequence (Kwon et al. 2023, 2309.06180).
