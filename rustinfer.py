@@ -610,17 +610,17 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """The text that is safe to show; after a match, `matched` is set and nothing more comes."""
-        if not self._stops or self.matched is not None:
-            return text if self.matched is None else ""
+        if self.matched is not None:
+            return ""
         held = self._held + text
         found = [(at, stop) for stop in self._stops if (at := held.find(stop)) >= 0]
         if found:
             at, self.matched = min(found, key=lambda hit: (hit[0] + len(hit[1]), hit[0]))
             self._held = ""
             return held[:at]
-        keep = max(self._overlap(held, stop) for stop in self._stops)
-        self._held = held[len(held) - keep :]
-        return held[: len(held) - keep]
+        safe = len(held) - max((self._overlap(held, stop) for stop in self._stops), default=0)
+        self._held = held[safe:]
+        return held[:safe]
 
     @staticmethod
     def _overlap(text: str, stop: str) -> int:
