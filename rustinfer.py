@@ -2738,14 +2738,13 @@ def philox_uniform(xp: Any, seeds: Any, choices: Any, positions: Any) -> Any:
     Philox4x32-10 (Salmon et al. 2011): key = the seed's two words, counter = (position, choice, 0, 0).
     seeds (n,) uint64, choices, positions (n,) -> (n,) float64 with 32 random bits.
     """
-    mask, low = xp.uint64(0xFFFFFFFF), lambda x: x & xp.uint64(0xFFFFFFFF)
-    keys = [low(seeds), seeds >> xp.uint64(32)]
+    low, high = lambda x: x & xp.uint64(0xFFFFFFFF), lambda x: x >> xp.uint64(32)  # words
+    keys = [low(seeds), high(seeds)]
     counter = [low(positions.astype(xp.uint64)), low(choices.astype(xp.uint64)),
                xp.zeros_like(seeds), xp.zeros_like(seeds)]
     for _ in range(10):
         first, second = counter[0] * xp.uint64(0xD2511F53), counter[2] * xp.uint64(0xCD9E8D57)
-        counter = [(second >> xp.uint64(32)) ^ counter[1] ^ keys[0], second & mask,
-                   (first >> xp.uint64(32)) ^ counter[3] ^ keys[1], first & mask]
+        counter = [high(second) ^ counter[1] ^ keys[0], low(second), high(first) ^ counter[3] ^ keys[1], low(first)]
         keys = [low(keys[0] + xp.uint64(0x9E3779B9)), low(keys[1] + xp.uint64(0xBB67AE85))]
     return (counter[0].astype(xp.float64) + 0.5) / 2.0**32
 
