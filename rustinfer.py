@@ -1766,13 +1766,9 @@ class SeatState:
             self._places[name] = (size, shape)
             size += -(-math.prod(shape) // 4) * 4  # 16-byte aligned
         self.array = xp.zeros((size,), np.int32)
-        self._parts = {  # made once: a step asks for some of them in every layer
+        self.parts = {  # views, made once: a step asks for some of them in every layer
             name: self.array[start : start + math.prod(shape)].reshape(shape).view(self._kind(name))
             for name, (start, shape) in self._places.items()}
-
-    def part(self, name: str) -> Any:
-        """The named part, as a view."""
-        return self._parts[name]
 
     @staticmethod
     def _kind(name: str) -> Any:
@@ -1999,8 +1995,8 @@ class CudaBackend(ArrayBackend):
     def embedding(self, step: CudaStep, table: Any) -> Any:
         b, state = self.buffers, self.state
         self._launch("embedding", "embedding", (step.num_tokens,), 128, b.x, b.positions, b.slot_mapping, table,
-                     step.input_ids, step.positions, step.seats, state.part("last_token"), state.part("next_position"),
-                     state.part("block_tables"), self.max_blocks)
+                     step.input_ids, step.positions, step.seats, state.parts["last_token"],
+                     state.parts["next_position"], state.parts["block_tables"], self.max_blocks)
         return b.x
 
     def qkv_rope(self, x: Any, layer: Layer, kv_cache: Any, step: CudaStep) -> Any:
@@ -2017,7 +2013,7 @@ class CudaBackend(ArrayBackend):
 
     def attention(self, q: Any, kv_cache: Any, step: CudaStep) -> Any:
         c, b = self.config, self.buffers
-        args = (b.attended, q, kv_cache[0], kv_cache[1], b.positions, step.seats, self.state.part("block_tables"),
+        args = (b.attended, q, kv_cache[0], kv_cache[1], b.positions, step.seats, self.state.parts["block_tables"],
                 self.max_blocks)
         if step.num_decode:
             max_chunks = b.partials.shape[2]
@@ -2063,12 +2059,12 @@ class CudaBackend(ArrayBackend):
     def sample(self, step: CudaStep) -> None:
         """Draw a token for each row of the logits: to the seats, and to the next place of the ring (`records`)."""
         b, rows, state = self.buffers, step.num_rows, self.state
-        parts = [state.part(name) for name in ("floats", "ints", "bias_ids", "bias_values")]
+        parts = [state.parts[name] for name in ("floats", "ints", "bias_ids", "bias_values")]
         rows_of = (b.slices, b.logits, step.row_seats)
         self._launch("sample", "sample_scan", (-(-self._num_slices // 8), rows), 256, *rows_of, *parts, b.counts,
                      self.masks.array, state.num_seats)
         self._launch("sample", "sample_draw", (rows,), 512, np.uint64(self.records.ctypes.data), b.ring,
-                     b.sample_ticket, state.part("last_token"), state.part("next_position"), b.counts, *rows_of,
+                     b.sample_ticket, state.parts["last_token"], state.parts["next_position"], b.counts, *rows_of,
                      step.rows, b.positions, *parts, self.masks.array, state.num_seats, self.records.shape[1])
 
     def score(self, token_ids: Any, num_top: Any, place: int) -> None:
@@ -2110,7 +2106,7 @@ class CudaBackend(ArrayBackend):
 
     def decode_step(self, size: int) -> CudaStep:
         """The step that a graph holds: every row one token that the card knows, on the seat `row_seats` says."""
-        none, seats = self.buffers.none_given[:size], self.state.part("row_seats")[:size]
+        none, seats = self.buffers.none_given[:size], self.state.parts["row_seats"][:size]
         return CudaStep(none, none, seats, size, size, None, 0, None, seats, size)
 
     def mixed_step(self, tokens: list[tuple[int, int, int]], num_decode: int, tiles: list[tuple[int, int]],
