@@ -1043,13 +1043,6 @@ class ModelConfig:
             bool(spec.get("tie_word_embeddings", False)), bool(spec.get("attention_bias", False)),
             bool(spec.get("mlp_bias", False)), cls._eos(folder, spec))
 
-    @property
-    def num_weights(self) -> int:
-        """Elements of all matrices."""
-        attention = 2 * (self.num_attention_heads + self.num_kv_heads) * self.head_dim
-        tables = self.vocab_size * (1 if self.tie_word_embeddings else 2)
-        return self.hidden_size * (tables + self.num_layers * (attention + 3 * self.intermediate_size))
-
     @staticmethod
     def _check_kind(path: Path, spec: dict) -> None:
         kinds = spec.get("architectures") or spec.get("model_type")
@@ -1098,6 +1091,26 @@ class ModelConfig:
     @property
     def group_size(self) -> int:
         return self.num_attention_heads // self.num_kv_heads
+
+    @property
+    def q_size(self) -> int:  # H D
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:  # K D
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_shapes(self) -> list[tuple[int, int]]:
+        """(rows, columns) of a layer's weights, as `Layer` stacks them: qkv, output, gate_up, down."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        return [(self.q_size + 2 * self.kv_size, hidden), (hidden, self.q_size), (2 * inner, hidden), (hidden, inner)]
+
+    @property
+    def num_weights(self) -> int:
+        """Elements of all matrices."""
+        tables = (1 if self.tie_word_embeddings else 2) * self.vocab_size * self.hidden_size
+        return tables + self.num_layers * sum(map(math.prod, self.layer_shapes))
 
 
 class RawTensor(NamedTuple):
@@ -1873,9 +1886,8 @@ class CudaBackend(ArrayBackend):
                     KV_HEADS=c.num_kv_heads, HEAD_DIM=c.head_dim, VOCAB=c.vocab_size, BLOCK_SIZE=self.block_size)
         headers = b"".join(path.read_bytes() for path in sorted(self.folder.glob("*.cuh")))
         dims["HEADERS_HASH"] = f"0x{hashlib.sha256(headers).hexdigest()[:8]}"  # CuPy does not look into headers
-        widths = dict(output=c.num_attention_heads * c.head_dim, down=c.intermediate_size)
         self._modules = {name: self._compile_one(name, dims) for name in self.FILES}
-        for name, width in widths.items():
+        for name, width in dict(output=c.q_size, down=c.intermediate_size).items():
             self._modules[name] = self._compile_one("add_linear", dict(dims, WIDTH=width))
         self._kernels: dict[tuple[str, str], Any] = {}
 
@@ -1897,11 +1909,11 @@ class CudaBackend(ArrayBackend):
         c, limits = self.config, self.engine_config
         rows, seats = limits.max_num_seqs, limits.max_num_seqs + 1
         tokens = self.max_tokens = max(limits.max_num_batched_tokens or self.DEFAULT_BATCHED_TOKENS, rows)
-        query, max_chunks = c.num_attention_heads * c.head_dim, -(-max_model_len // self.CHUNK)
+        max_chunks = -(-max_model_len // self.CHUNK)
         f32, i32, u16, u32 = np.float32, np.int32, np.uint16, np.uint32
         shapes = dict(
             x=((tokens, c.hidden_size), f32), normed=((tokens, c.hidden_size), u16), scales=((tokens,), f32),
-            q=((tokens, query), u16), attended=((tokens, query), u16), h=((tokens, c.intermediate_size), u16),
+            q=((tokens, c.q_size), u16), attended=((tokens, c.q_size), u16), h=((tokens, c.intermediate_size), u16),
             logits=((rows, c.vocab_size), f32), positions=((tokens,), i32), slot_mapping=((tokens,), i32),
             partials=((rows, c.num_kv_heads, max_chunks, c.group_size, c.head_dim + 2), f32),
             split_sums=((4 * self.num_processors * 128 * 128,), f32), linear_tickets=((self.num_processors,), u32),
@@ -1931,7 +1943,7 @@ class CudaBackend(ArrayBackend):
     def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
         """Keys of a block are (K, S, D), values (K, D, S), bf16; the block behind the last is for padding rows."""
         c = self.config
-        return (2, c.num_layers, num_blocks + 1, c.num_kv_heads * c.head_dim * self.block_size), np.uint16
+        return (2, c.num_layers, num_blocks + 1, c.kv_size * self.block_size), np.uint16
 
     # -- a step
 
@@ -2001,7 +2013,7 @@ class CudaBackend(ArrayBackend):
 
     def qkv_rope(self, x: Any, layer: Layer, kv_cache: Any, step: CudaStep) -> Any:
         c, b, tokens = self.config, self.buffers, step.num_tokens
-        units = (c.num_attention_heads + 2 * c.num_kv_heads) * c.head_dim // 16
+        units = (c.q_size + 2 * c.kv_size) // 16
         out, place = (b.q, kv_cache[0], kv_cache[1]), (layer.qkv, self.cos_sin, b.positions, b.slot_mapping)
         if tokens <= self.FUSED_ROWS:
             self._launch("qkv_rope", "qkv_rope_fused", (units,), 128, *out, x, layer.attention_norm, *place, tokens,
@@ -2419,8 +2431,7 @@ class CpuBackend(ArrayBackend):
         """What keeps this model from running on the kernels, or None."""
         c = model
         units = {"hidden_size": (c.hidden_size, 16), "intermediate_size": (c.intermediate_size, 16),
-                 "num_attention_heads * head_dim": (c.num_attention_heads * c.head_dim, 16),
-                 "head_dim": (c.head_dim, 8)}
+                 "num_attention_heads * head_dim": (c.q_size, 16), "head_dim": (c.head_dim, 8)}
         odd = next((name for name, (width, unit) in units.items() if width % unit), None)
         if odd:
             return f"{odd} is {units[odd][0]}; the kernels need a multiple of {units[odd][1]}"
@@ -2468,7 +2479,7 @@ class CpuBackend(ArrayBackend):
     def kv_cache_shape(self, num_blocks: int) -> tuple[tuple[int, ...], Any]:
         """Keys of a block are (K, D, S), values (K, S, D), so that attention reads both along its vectors."""
         c = self.config
-        return (2, c.num_layers, num_blocks, c.num_kv_heads * c.head_dim * self.block_size), np.float32
+        return (2, c.num_layers, num_blocks, c.kv_size * self.block_size), np.float32
 
     def _reserve(self, num_tokens: int, num_rows: int) -> None:
         """Buffers for as many tokens and rows of logits; pages come when they are first written."""
@@ -2476,12 +2487,11 @@ class CpuBackend(ArrayBackend):
             return
         c, limits = self.config, self.engine_config
         tokens = self._capacity = max(num_tokens, limits.max_num_batched_tokens or self.DEFAULT_BATCHED_TOKENS)
-        query, key = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        widths = dict(x=c.hidden_size, normed=c.hidden_size, qkv=query + 2 * key, q=query, attended=query,
-                      gate_up=2 * c.intermediate_size, h=c.intermediate_size)
+        widths = dict(x=c.hidden_size, normed=c.hidden_size, qkv=c.q_size + 2 * c.kv_size, q=c.q_size,
+                      attended=c.q_size, gate_up=2 * c.intermediate_size, h=c.intermediate_size)
         self._buffers = {name: np.empty((tokens, width), np.float32) for name, width in widths.items()}
         self._logits = np.empty((max(num_rows, limits.max_num_seqs), c.vocab_size), np.float32)
-        packed = np.empty(-(-tokens // 16) * 16 * max(query, c.hidden_size, c.intermediate_size) + 16, np.float32)
+        packed = np.empty(-(-tokens // 16) * 16 * max(c.q_size, c.hidden_size, c.intermediate_size) + 16, np.float32)
         self._buffers["packed"] = packed[-packed.ctypes.data % 64 // 4 :]
         self._buffer_struct = CBuffers(**{name: array.ctypes.data for name, array in self._buffers.items()
                                           if name != "x"})
@@ -2557,7 +2567,6 @@ def probe_model(model: ModelConfig) -> ModelConfig:
 def run_probe(backend: ArrayBackend, config: ModelConfig, block_size: int, pieces: list[tuple[int, int]]) -> np.ndarray:
     """The logits of a sequence that is computed in pieces [start, stop), with random weights."""
     rng, c = default_rng(0), config
-    query, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
 
     def weight(*heights: int, width: int = c.hidden_size) -> Any:  # bfloat16: either sign, 1/64 to 1/16
         draw = lambda height: np.frombuffer(rng.bytes(2 * height * width), np.uint16).reshape(height, width)
@@ -2568,7 +2577,8 @@ def run_probe(backend: ArrayBackend, config: ModelConfig, block_size: int, piece
     wide = lambda height, width: backend.load_weight([RawTensor(rng.random((height, width), np.float32) - 0.5, "F32")])
     backend.bind(config, 64, block_size)
     inner, hidden = c.intermediate_size, c.hidden_size
-    layers = [Layer(vector(hidden), weight(query, kv, kv), vector(query + 2 * kv), output(hidden, width=query),
+    q, kv = c.q_size, c.kv_size
+    layers = [Layer(vector(hidden), weight(q, kv, kv), vector(q + 2 * kv), output(hidden, width=q),
                     vector(hidden), vector(hidden), weight(inner, inner), vector(2 * inner),
                     weight(hidden, width=inner), vector(hidden)) for output in (weight, wide)]
     table, norm, outputs = weight(c.vocab_size), vector(c.hidden_size), []
@@ -2660,10 +2670,7 @@ class Llama:
     def load(self, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda part: None) -> None:
         """Read every weight into the backend's format."""
         c = self.config
-        q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        shapes = [(q + 2 * kv, c.hidden_size), (c.hidden_size, q), (2 * c.intermediate_size, c.hidden_size),
-                  (c.hidden_size, c.intermediate_size), (c.vocab_size, c.hidden_size)]
-        self.backend.calibrate(shapes, c.head_dim)
+        self.backend.calibrate([*c.layer_shapes, (c.vocab_size, c.hidden_size)], c.head_dim)
         self.embed = self._read(checkpoint, "model.embed_tokens", (c.vocab_size, c.hidden_size))
         self.layers = []
         for index in range(c.num_layers):
@@ -2684,8 +2691,7 @@ class Llama:
 
     def _read_layer(self, checkpoint: Checkpoint, prefix: str) -> Layer:
         c = self.config
-        q, kv = c.num_attention_heads * c.head_dim, c.num_kv_heads * c.head_dim
-        hidden, inner = c.hidden_size, c.intermediate_size
+        q, kv, hidden, inner = c.q_size, c.kv_size, c.hidden_size, c.intermediate_size
 
         def read(biased: bool, names: str, width: int, *heights: int) -> tuple[Any, Any]:
             full = [prefix + name for name in names.split()]
