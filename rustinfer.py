@@ -2377,8 +2377,7 @@ class HugePages:
 
     def _arena(self, size: int) -> np.ndarray:
         """Address space; memory comes when it is first written."""
-        options = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-        pages = mmap.mmap(-1, size + self.PAGE, **options)
+        pages = mmap.mmap(-1, size + self.PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 pages.madvise(mmap.MADV_HUGEPAGE)
