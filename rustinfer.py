@@ -2665,22 +2665,19 @@ class Llama:
 
     def load(self, checkpoint: Checkpoint, progress: Callable[[float], None] = lambda part: None) -> None:
         """Read every weight into the backend's format."""
-        c = self.config
-        self.backend.calibrate([*c.layer_shapes, (c.vocab_size, c.hidden_size)], c.head_dim)
-        self.embed = self._read(checkpoint, "model.embed_tokens", (c.vocab_size, c.hidden_size))
+        c, table = self.config, (self.config.vocab_size, self.config.hidden_size)
+        self.backend.calibrate([*c.layer_shapes, table], c.head_dim)
+        self.embed = self._read(checkpoint, ["model.embed_tokens"], table)
         self.layers = []
         for index in range(c.num_layers):
             self.layers.append(self._read_layer(checkpoint, f"model.layers.{index}."))
             progress((index + 1) / (c.num_layers + 1))
-        self.norm = self._read(checkpoint, "model.norm", (c.hidden_size,))
-        self.head = self.embed if c.tie_word_embeddings else self._read(
-            checkpoint, "lm_head", (c.vocab_size, c.hidden_size))
+        self.norm = self._read(checkpoint, ["model.norm"], (c.hidden_size,))
+        self.head = self.embed if c.tie_word_embeddings else self._read(checkpoint, ["lm_head"], table)
         progress(1.0)
 
-    def _read(self, checkpoint: Checkpoint, names: str | list[str], *shapes: tuple[int, ...],
-              kind: str = "weight") -> Any:
+    def _read(self, checkpoint: Checkpoint, names: list[str], *shapes: tuple[int, ...], kind: str = "weight") -> Any:
         """One tensor, or several stacked along the first axis."""
-        names = [names] if isinstance(names, str) else names
         parts = [checkpoint.tensor(f"{name}.{kind}", shape) for name, shape in zip(names, shapes)]
         self.num_parameters += sum(part.data.size for part in parts)
         return (self.backend.load_weight if len(shapes[0]) == 2 else self.backend.load_vector)(parts)
@@ -2695,10 +2692,10 @@ class Llama:
             return self._read(checkpoint, full, *[(h, width) for h in heights]), bias
 
         return Layer(
-            self._read(checkpoint, prefix + "input_layernorm", (hidden,)),
+            self._read(checkpoint, [prefix + "input_layernorm"], (hidden,)),
             *read(c.attention_bias, "self_attn.q_proj self_attn.k_proj self_attn.v_proj", hidden, q, kv, kv),
             *read(c.attention_bias, "self_attn.o_proj", q, hidden),
-            self._read(checkpoint, prefix + "post_attention_layernorm", (hidden,)),
+            self._read(checkpoint, [prefix + "post_attention_layernorm"], (hidden,)),
             *read(c.mlp_bias, "mlp.gate_proj mlp.up_proj", hidden, inner, inner),
             *read(c.mlp_bias, "mlp.down_proj", inner, hidden))
 
