@@ -848,6 +848,7 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._shows_names = functools.cache(self._find_names)  # a cache of the class would keep every template
         source, self.origin = self._find(folder, tokenizer)
         self._template, self._asked_for = None, frozenset()
         if source is not None:
@@ -946,8 +947,7 @@ class ChatTemplate:
             return message
         return {**message, "content": f"{message['name']}: {message['content']}"}
 
-    @functools.cache
-    def _shows_names(self, role: str) -> bool:
+    def _find_names(self, role: str) -> bool:
         """True when the template makes something of a message's name."""
         named = {"role": role, "content": "text", "name": NONCHARACTERS[0]}
         first = [] if role in ("system", "user") else [{"role": "user", "content": "text"}]

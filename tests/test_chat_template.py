@@ -1,7 +1,9 @@
 """Chat template: the reference's prompts, control tokens only where the template wrote them, a sandbox that holds."""
+import gc
 import json
 import shutil
 import time
+import weakref
 
 import pytest
 import rustinfer
@@ -258,3 +260,12 @@ def test_a_long_conversation_is_bounded_by_its_rendered_length(monkeypatch):
     monkeypatch.setattr(rustinfer, "MAX_RENDERED", 1000)
     assert "longer than 1000" in refusal(TEMPLATES["smollm2"], [{"role": "user", "content": "a" * 1001}])
     TEMPLATES["smollm2"].encode([{"role": "user", "content": "a" * 900}])
+
+
+def test_a_template_that_nobody_holds_is_forgotten_with_its_tokenizer():
+    template = ChatTemplate(REFERENCES / "llama3-tied", Tokenizer(REFERENCES / "llama3-tied"))
+    assert "Ann: Hello" in template.render([HELLO[0] | {"name": "Ann"}])
+    seen = weakref.ref(template)
+    del template
+    gc.collect()
+    assert seen() is None
