@@ -690,16 +690,13 @@ class Tokenizer:
     def _read_decoder(self, path: Path, decoder: dict) -> None:
         parts = decoder.get("decoders", [decoder])
         kinds = {part.get("type") for part in parts}
-        self.byte_level, self.strip_start = "ByteLevel" in kinds, 0
-        if self.byte_level:
-            return
-        if kinds & {"Metaspace", "ByteFallback", "Replace"}:
-            strips = [part.get("start", 0) for part in parts if part.get("type") == "Strip"]
-            strips += [int(part.get("prepend_scheme") != "never") for part in parts if part.get("type") == "Metaspace"]
-            self.strip_start = strips[0] if strips else 0
-        else:
+        if not kinds & {"ByteLevel", "Metaspace", "ByteFallback", "Replace"}:
             found = ", ".join(sorted(map(str, kinds)))
             raise CheckpointError(f"{path}: decoder is {found}; ByteLevel and Metaspace/ByteFallback are supported")
+        self.byte_level = "ByteLevel" in kinds
+        strips = [part.get("start", 0) for part in parts if part.get("type") == "Strip"]
+        strips += [int(part.get("prepend_scheme") != "never") for part in parts if part.get("type") == "Metaspace"]
+        self.strip_start = strips[0] if strips else 0  # spaces; of no use to byte-level models
 
     def special_text(self, name: str) -> str:
         """The text of `bos_token` and the like in tokenizer_config.json, or ''."""
