@@ -1656,26 +1656,23 @@ class KernelLauncher:
     """
 
     PROGRAMMATIC_STREAM_SERIALIZATION = 6
-    PACKED = {np.int32: "i4x", np.uint32: "I4x", np.float32: "f4x", np.int64: "q", np.uint64: "Q", np.float64: "d",
-              np.uint16: "H6x"}
+    PACKED = {np.int32: "i4x", np.float32: "f4x", np.uint64: "Q"}  # in cells of 8 bytes
 
-    def __init__(self, library_path: str = "libcuda.so.1", programmatic: bool = True):
+    def __init__(self, library_path: str = "libcuda.so.1"):
         self._function = ctypes.CDLL(library_path).cuLaunchKernelEx
         self._attribute = LaunchAttribute(id=self.PROGRAMMATIC_STREAM_SERIALIZATION)
         self._attribute.value[0] = 1
-        self._num_attributes = int(programmatic)
         self._cells: dict[int, tuple[Any, Any]] = {}
 
     def launch(self, function: int, grid: Seq[int], block: Seq[int], args: Seq[np.generic], shared_bytes: int,
                stream: int) -> None:
-        """Start a kernel; args are NumPy scalars of the parameters' own sizes, addresses as uint64."""
+        """Start a kernel; args are int32, float32 and, for addresses, uint64."""
         if len(args) not in self._cells:
             self._cells[len(args)] = self._make_cells(len(args))
         cells, pointers = self._cells[len(args)]  # used again and again: the driver copies arguments at once
         struct.pack_into("=" + "".join(self.PACKED[type(arg)] for arg in args), cells, 0, *args)
         three = lambda sizes: (ctypes.c_uint * 3)(*(*sizes, 1, 1)[:3])
-        config = LaunchConfig(three(grid), three(block), shared_bytes, stream, ctypes.pointer(self._attribute),
-                              self._num_attributes)
+        config = LaunchConfig(three(grid), three(block), shared_bytes, stream, ctypes.pointer(self._attribute), 1)
         result = self._function(ctypes.byref(config), ctypes.c_void_p(function), pointers, None)
         if result:
             raise DeviceError(f"cuLaunchKernelEx returned {result}")
