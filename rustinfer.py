@@ -947,8 +947,9 @@ class ChatTemplate:
     def _find_names(self, role: str) -> bool:
         """True when the template makes something of a message's name."""
         named = {"role": role, "content": "text", "name": NONCHARACTERS[0]}
-        first = [] if role in ("system", "user") else [{"role": "user", "content": "text"}]
-        return NONCHARACTERS[0] in self._render([*first, named])
+        user = {"role": "user", "content": "text"}  # some templates want one
+        messages = {"system": [named, user], "user": [named]}.get(role, [user, named])
+        return NONCHARACTERS[0] in self._render(messages)
 
     def _render(self, messages: list[dict], add_generation_prompt: bool = True, tools: Seq[dict] = (),
                 variables: dict[str, Any] | None = None) -> str:

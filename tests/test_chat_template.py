@@ -269,3 +269,10 @@ def test_a_template_that_nobody_holds_is_forgotten_with_its_tokenizer():
     del template
     gc.collect()
     assert seen() is None
+
+
+def test_a_named_system_message_passes_where_a_template_wants_a_user(tmp_path):
+    template = with_template(tmp_path, "{% if messages[-1].role != 'user' %}{{ raise_exception('no user') }}{% endif %}"
+                                       "{% for m in messages %}[{{ m.content }}]{% endfor %}")
+    system = {"role": "system", "content": "Be brief.", "name": "boss"}
+    assert template.render([system, *HELLO]) == "[boss: Be brief.][Hello]"
