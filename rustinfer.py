@@ -4832,20 +4832,18 @@ def parse_messages(messages: list) -> list[dict]:
         for field, owner in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
             if field in given and role != owner:
                 raise APIError(f"{where}.{field} is allowed only with role {owner}", f"{where}.{field}")
-        calls = {"tool_calls": parse_past_calls(given["tool_calls"], where)} if "tool_calls" in given else {}
-        if not calls or "content" in given:
-            content = parse_content(given.get("content"), where + ".content")
-        else:
-            content = ""
+        calls = parse_past_calls(given.get("tool_calls", []), where)
+        content = parse_content(given.get("content", "" if calls else None), where + ".content")
         if not MESSAGE_NAME.fullmatch(given.get("name", "x")):
             raise APIError(f"{where}.name is {shorten(given['name'])!r}; 1 to 64 characters other than white space and "
                            "<|\\/> are expected", f"{where}.name")
-        called |= {call["id"]: call["function"]["name"] for call in calls.get("tool_calls", ())}
+        called |= {call["id"]: call["function"]["name"] for call in calls}
         if role == "tool" and "name" in given and given["name"] != called.get(given.get("tool_call_id"), given["name"]):
             raise APIError(f"{where}.name is {given['name']}; the call it answers is of another function",
                            f"{where}.name")
-        named = {name: given[name] for name in ("tool_call_id", "name") if name in given}
-        parsed.append({"role": ROLES[role], "content": content, **calls, **named})
+        more = {"tool_calls": calls} if calls else {}
+        more |= {name: given[name] for name in ("tool_call_id", "name") if name in given}
+        parsed.append({"role": ROLES[role], "content": content, **more})
     return parsed
 
 
