@@ -5419,11 +5419,10 @@ class CompletionReply(ChunkReply):
     PREFIX, OBJECT, CHUNK = "cmpl-", "text_completion", "text_completion"
 
     def __init__(self, group: Group, model: str, include_usage: bool = False, echoed: Seq[str] = ()):
-        self._echoed = echoed  # by prompt, where the prompt is to be shown
         super().__init__(group, model, include_usage)
+        self._echoed = echoed  # by prompt, where the prompt is to be shown
         self._begun: set[int] = set()  # choices whose prompt was shown
-        self._offsets = [0 if group.prompt_scores(index) else len(self._echo(index))
-                         for index in range(len(group.places))]  # of the next token's text
+        self._offsets = [0] * len(group.places)  # of the next token's text
 
     def _echo(self, index: int) -> str:
         return self._echoed[index // self.group.n] if self._echoed else ""
@@ -5448,9 +5447,8 @@ class CompletionReply(ChunkReply):
         if not self._echoed or index in self._begun:
             return b""
         self._begun.add(index)
-        scores = self.group.prompt_scores(index)
-        return self._event(self._chunk(index, self._echo(index), self._logprobs(index, scores) if scores else None,
-                                       None))
+        logprobs = self._logprobs(index, self.group.prompt_scores(index))
+        return self._event(self._chunk(index, self._echo(index), logprobs, None))
 
     def _logprobs(self, index: int, tokens: Seq[Sampled]) -> dict | None:
         answer = self.group.places[index]
