@@ -7301,7 +7301,7 @@ class Job:
                 "queue_ms": round(timing.queue_s * 1000, 1), "prefill_ms": round(timing.prefill_s * 1000, 1),
                 "decode_ms": round(timing.decode_s * 1000, 1),
                 "prompt_tokens": self.group.num_prompt_tokens, "cached_tokens": self.group.num_cached_tokens,
-                "completion_tokens": sum(max(0, seq.num_output_tokens) for seq in sequences),
+                "completion_tokens": sum(seq.num_output_tokens for seq in sequences),
                 "kv_blocks": len({block_id for seq in sequences for block_id in list(seq.block_table)})}
 
 
@@ -7322,7 +7322,7 @@ class Server:
     def __init__(self, llm: LLM | None = None, **options: Any):
         check_options(options, ServerConfig, "option")
         self.config = config = ServerConfig(**options)
-        self._llm, self.draining = llm, False
+        self.draining = False
         self._cors = {origin.strip() for origin in config.cors_origins.split(",")}
         self._access = Access(config)
         names = [*LOOPBACK, config.host, *(config.allowed_hosts or "").split(",")]
@@ -7336,7 +7336,7 @@ class Server:
         self._index = Page((find_data("web") or HERE / "web") / "index.html")
         self._http = HTTPServer(self, config.host, config.port, config.max_connections, self._tls_context())
         self._watcher = Watcher()
-        self.host, self.port = config.host, self._http.server_port
+        self.port = self._http.server_port
         self.attach(llm)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.05,), name="rustinfer-http",
                                         daemon=True)
@@ -7362,7 +7362,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        shown = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.config.host, self.config.host)
         scheme = "https" if self.config.ssl_certfile else "http"
         return f"{scheme}://[{shown}]:{self.port}" if ":" in shown else f"{scheme}://{shown}:{self.port}"
 
