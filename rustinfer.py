@@ -5292,7 +5292,7 @@ class Reply:
 
     def first_events(self) -> bytes:
         """What comes before any text."""
-        return b""
+        raise NotImplementedError
 
     def text_event(self, index: int, text: str, tokens: Seq[Sampled] = ()) -> bytes:
         """Text of a choice, with its tokens' log-probabilities where those are wanted."""
@@ -5807,13 +5807,13 @@ MESSAGE_ERRORS = {  # Anthropic's names of errors, by status
     408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
-def message_error(error: APIError, request_id: str) -> dict:
-    """An error's body as Anthropic's clients parse it."""
+def message_error(error: APIError) -> dict:
+    """An error as Anthropic's clients parse it."""
     kind = MESSAGE_ERRORS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    body = {"type": kind, "message": str(error), "param": error.param, "code": error.code}
+    found = {"type": kind, "message": str(error), "param": error.param, "code": error.code}
     if error.param == "thread":  # the SDK's tool runner then sends the whole conversation each time
-        body["details"] = {"error_code": "thread_unsupported_request"}
-    return {"type": "error", "error": body, "request_id": request_id}
+        found["details"] = {"error_code": "thread_unsupported_request"}
+    return found
 
 
 def check_control(given: dict, prefix: str) -> None:
@@ -6021,8 +6021,7 @@ class MessageReply(Reply):
         return self._object()
 
     def error_event(self, error: APIError) -> bytes:
-        value = message_error(error, self.id)
-        return named_event("error", {"error": value["error"]})
+        return named_event("error", {"error": message_error(error)})
 
 
 # ==============================================================================
@@ -7113,7 +7112,9 @@ class RequestHandler(http.server.BaseHTTPRequestHandler):
                 self.write_stream(self.reply.error_event(error))
                 self.end_stream()
             elif not self.status:
-                body = message_error(error, self.request_id) if self._speaks_messages() else error.body()
+                body = error.body()
+                if self._speaks_messages():
+                    body = {"type": "error", "error": message_error(error), "request_id": self.request_id}
                 return self.respond_json(body, error.status, error.headers)
         except Disconnected:
             pass
