@@ -3134,7 +3134,6 @@ class Sequence:
         self.num_preemptions = 0
         self.block_table: list[int] = []  # BlockManager fills it
         self.block_hashes: list[bytes] = []  # of this sequence's full blocks, as far as they were needed
-        self.finish_reason: str | None = None
         self.prompt_scores: list[Sampled] = []  # of the prompt's tokens from the second on, where they are asked for
 
     @property
@@ -3961,7 +3960,7 @@ class CudaRunner:
 
     def _free_seat(self) -> int:
         if not self._free:
-            for seq in [seq for seq in self._seats if seq.finish_reason or not seq.block_table]:
+            for seq in [seq for seq in self._seats if not seq.block_table]:
                 self._free.append(self._seats.pop(seq).index)
         return self._free.pop()
 
@@ -4439,7 +4438,6 @@ class Engine:
 
     def _end(self, seq: Sequence, reason: str, error: Exception | None = None) -> None:
         """Free a sequence's blocks and tell its handle."""
-        seq.finish_reason = reason
         seq.drop_pending()
         self.scheduler.remove(seq)
         handle = self._handles.pop(seq)
