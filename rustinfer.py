@@ -4144,12 +4144,11 @@ class Handle:
                 self._changed.notify_all()
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
-        """Engine: end the request; only the first call counts."""
+        """Engine: end the request, once."""
         with self._changed:
-            if self.finish_reason is None:
-                self.timing.finished = time.monotonic()
-                self.finish_reason, self.error = reason, error
-                self._changed.notify_all()
+            self.timing.finished = time.monotonic()
+            self.finish_reason, self.error = reason, error
+            self._changed.notify_all()
 
 
 class InFlight(NamedTuple):
