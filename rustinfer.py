@@ -3175,11 +3175,6 @@ class Sequence:
         """True when its last token is on its way and no further one may follow."""
         return len(self.token_ids) >= self.max_num_tokens
 
-    def drop_pending(self) -> None:
-        """Forget the token that is on its way."""
-        if self.token_ids[-1] == PENDING:
-            self.token_ids.pop()
-
 
 class Block:
     """A KV block: who uses it, and what its contents are called once it is full."""
@@ -4426,18 +4421,18 @@ class Engine:
         if seq.constraint and not seq.constraint.accept(token.token_id):
             return self._end(seq, "error", seq.constraint.problem())
         handle.put(token)
-        if reason := self._stop_reason(seq, token.token_id, place + 1 - seq.num_prompt_tokens):
-            del seq.token_ids[place + 1 :]  # the overrun token
+        if reason := self._stop_reason(seq, token.token_id, place + 1):
             self._end(seq, reason)
 
-    def _stop_reason(self, seq: Sequence, token_id: int, num_output_tokens: int) -> str | None:
+    def _stop_reason(self, seq: Sequence, token_id: int, num_tokens: int) -> str | None:
         if token_id in seq.end_token_ids or (seq.constraint and seq.constraint.is_complete):
             return "stop"
-        return "length" if num_output_tokens >= seq.params.max_tokens else None
+        return "length" if num_tokens >= seq.max_num_tokens else None
 
     def _end(self, seq: Sequence, reason: str, error: Exception | None = None) -> None:
         """Free a sequence's blocks and tell its handle."""
-        seq.drop_pending()
+        if seq.token_ids[-1] == PENDING:  # what is on its way counts no more
+            seq.token_ids.pop()
         self.scheduler.remove(seq)
         handle = self._handles.pop(seq)
         handle.finish(reason, error)
