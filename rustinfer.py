@@ -3114,7 +3114,7 @@ class Tenant(NamedTuple):
     salt: bytes = b""
 
 
-PENDING = -1  # a token that a launched step draws and nobody has read yet; only the last of a sequence can be
+PENDING = -1  # a token that a launched step draws and nobody has read yet; only the last two of a sequence can be
 
 
 class Sequence:
@@ -4431,7 +4431,7 @@ class Engine:
 
     def _end(self, seq: Sequence, reason: str, error: Exception | None = None) -> None:
         """Free a sequence's blocks and tell its handle."""
-        if seq.token_ids[-1] == PENDING:  # what is on its way counts no more
+        while seq.token_ids[-1] == PENDING:  # what is on its way counts no more
             seq.token_ids.pop()
         self.scheduler.remove(seq)
         handle = self._handles.pop(seq)

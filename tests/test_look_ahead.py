@@ -161,6 +161,16 @@ def test_abort_while_a_step_is_in_flight(open_late):
     assert llm.engine.snapshot()["kv_blocks_used"] == 0
 
 
+def test_broken_logits_leave_no_token_on_its_way(open_late):
+    llm = open_late()
+    run, turn = llm.engine.model.run, iter(range(1000))
+    llm.engine.model.run = lambda batch: run(batch) * (float("nan") if next(turn) == 3 else 1)
+    handle = llm.engine.submit(PROMPT, GREEDY)
+    with pytest.raises(EngineError, match="not finite"):
+        list(handle)
+    assert PENDING not in handle.seq.token_ids and llm.engine.snapshot()["completion_tokens"] == 3
+
+
 def test_a_failed_launch_ends_its_sequences_and_no_others(open_late):
     llm = open_late(max_num_seqs=2)
     runner = llm.engine._runner
