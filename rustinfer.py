@@ -4182,7 +4182,6 @@ class Engine:
         self.dead: Exception | None = None
         self.on_death: Callable[[], None] = lambda: None
         self._runner = make_runner(model, config)
-        self._looks_ahead = self._runner.looks_ahead
         self._in_flight: InFlight | None = None
         self._lock = threading.Lock()
         self._work = threading.Condition(self._lock)
@@ -4345,7 +4344,7 @@ class Engine:
             self._drop_aborted()
             step = self._schedule()
         launched = self._launch(step) if step.sequences else None
-        if self._looks_ahead:
+        if self._runner.looks_ahead:
             launched, self._in_flight = self._in_flight, launched
         if launched:
             self._finish_step(launched)
@@ -4367,13 +4366,10 @@ class Engine:
             if seq in self._handles:  # it may have ended by itself, or be asked for twice
                 self._end(seq, reason)
 
-    def _run(self, step: Step) -> Any:
-        return self._runner.launch(step)
-
     def _launch(self, step: Step) -> InFlight | None:
         """Start a step and take its tokens for computed; None when that failed."""
         try:
-            launched = self._run(step)
+            launched = self._runner.launch(step)
         except (DeviceError, SettingsError):  # or the card's memory was short: nobody knows how far the step came
             raise
         except Exception as error:

@@ -177,17 +177,17 @@ def local_server(llm=None, **options):
 @contextlib.contextmanager
 def slowed(llm, seconds: float):
     """Every step of the engine takes this much longer."""
-    run = llm.engine._run
+    run = llm.engine._runner.launch
 
     def slow_run(step):
         time.sleep(seconds)
         return run(step)
 
-    llm.engine._run = slow_run
+    llm.engine._runner.launch = slow_run
     try:
         yield llm
     finally:
-        del llm.engine._run
+        del llm.engine._runner.launch
 
 
 def free_port() -> int:

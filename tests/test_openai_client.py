@@ -124,9 +124,10 @@ class TestErrors:
         assert caught.value.request_id and caught.value.body["message"]
 
     def test_an_error_in_a_stream_is_raised_from_the_iterator(self, tiny_llm):
-        run, steps = tiny_llm.engine._run, iter(range(100))
+        runner, steps = tiny_llm.engine._runner, iter(range(100))
+        run = runner.launch
         with slowed(tiny_llm, 0.03), local_server(tiny_llm) as server, client_of(server) as client:
-            tiny_llm.engine._run = lambda step: run(step) if next(steps) < 4 and not time.sleep(0.03) else 1 // 0
+            runner.launch = lambda step: run(step) if next(steps) < 4 and not time.sleep(0.03) else 1 // 0
             with pytest.raises(openai.APIError) as caught:
                 list(client.chat.completions.create(stream=True, **OPTIONS))
             assert "the model failed" in str(caught.value)
@@ -166,10 +167,10 @@ class TestRetries:
     def test_an_internal_error_is_not_asked_again(self, tiny_llm, monkeypatch):
         with local_server(tiny_llm) as server, client_of(server, max_retries=2) as client:
             calls = self.count_requests(monkeypatch, server)
-            tiny_llm.engine._run = lambda step: 1 // 0
+            tiny_llm.engine._runner.launch = lambda step: 1 // 0
             with pytest.raises(openai.InternalServerError):
                 client.chat.completions.create(**OPTIONS)
-            del tiny_llm.engine._run
+            del tiny_llm.engine._runner.launch
             assert len(calls) == 1
 
     def test_a_bad_request_is_not_asked_again(self, tiny_llm, monkeypatch):

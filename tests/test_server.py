@@ -612,9 +612,9 @@ class TestFailures:
 
     def test_a_failed_step_is_500_and_the_next_request_works(self, tiny_llm):
         with local_server(tiny_llm) as server, RawConnection(server.port) as raw:
-            tiny_llm.engine._run = lambda step: 1 // 0
+            tiny_llm.engine._runner.launch = lambda step: 1 // 0
             status, headers, body = raw.request("POST", "/v1/chat/completions", CHAT)
-            del tiny_llm.engine._run
+            del tiny_llm.engine._runner.launch
             assert (status, body["error"]["code"]) == (500, "internal_error") and headers["x-should-retry"] == "false"
             assert raw.request("POST", "/v1/chat/completions", CHAT)[0] == 200
 

@@ -151,10 +151,10 @@ class TestSameText:
 
     @pytest.mark.parametrize("text", ["naïve Привет 日本語", "👩‍👩‍👧 😀", "a\u2028b\r\n\x00", "ﷺ\u0301"])
     def test_characters_of_many_bytes_are_never_split(self, tiny_llm, text):
-        tokens, run = iter(tiny_llm.tokenizer.encode(text)), tiny_llm.engine._run
-        length = len(tiny_llm.tokenizer.encode(text))
+        tokens, runner = iter(tiny_llm.tokenizer.encode(text)), tiny_llm.engine._runner
+        run, length = runner.launch, len(tiny_llm.tokenizer.encode(text))
         with slowed(tiny_llm, 0.02), local_server(tiny_llm) as server:
-            tiny_llm.engine._run = lambda step: [drawn and drawn._replace(token_id=next(tokens)) for drawn in run(step)]
+            runner.launch = lambda step: [drawn and drawn._replace(token_id=next(tokens)) for drawn in run(step)]
             *chunks, _ = ask(server.port, max_tokens=length)[2]
         pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
         assert "".join(pieces) == text and len([piece for piece in pieces if piece]) <= len(text)
@@ -219,23 +219,23 @@ class TestEventSource:
 class TestEngineErrors:
     def test_before_the_first_byte_the_status_is_500(self, tiny_llm):
         with local_server(tiny_llm) as server:
-            tiny_llm.engine._run = lambda step: 1 // 0
+            tiny_llm.engine._runner.launch = lambda step: 1 // 0
             status, headers, body = ask(server.port)
-            del tiny_llm.engine._run
+            del tiny_llm.engine._runner.launch
             assert status == 500 and headers["x-should-retry"] == "false" and body["error"]["type"] == "server_error"
             assert ask(server.port)[0] == 200
 
     def test_after_it_an_error_event_ends_the_stream(self, tiny_llm):
-        run, steps = tiny_llm.engine._run, iter(range(100))
+        run, steps = tiny_llm.engine._runner.launch, iter(range(100))
 
         def run_then_fail(step):
             time.sleep(0.03)
             return run(step) if next(steps) < 5 else 1 // 0
 
         with local_server(tiny_llm) as server, RawConnection(server.port) as raw:
-            tiny_llm.engine._run = run_then_fail
+            tiny_llm.engine._runner.launch = run_then_fail
             status, _, body = raw.request("POST", CHAT, chat_body(stream=True, max_tokens=50, ignore_eos=True))
-            del tiny_llm.engine._run
+            del tiny_llm.engine._runner.launch
             *chunks, last = parse_events(body)
             assert status == 200 and raw.at_end()
             assert (last["error"]["type"], last["error"]["code"]) == ("server_error", "internal_error")

@@ -63,7 +63,6 @@ def simulate(llm, kind):
     """Put the runner into an engine that is idle."""
     ordinary = [number for number in range(300, 800) if llm.tokenizer.decode([number]).isascii()]
     llm.engine._runner = kind(ordinary)
-    llm.engine._looks_ahead = kind.looks_ahead
 
 
 def counted(llm, seconds):
