@@ -3314,11 +3314,7 @@ class BlockManager:
 # ==============================================================================
 
 
-class Step(NamedTuple):
-    """What the next step computes: each sequence with its num_scheduled_tokens."""
-
-    sequences: list[Sequence]
-    num_scheduled_tokens: list[int]
+Step = dict[Sequence, int]  # what one step computes: each sequence with its num_scheduled_tokens
 
 
 class FairQueue:
@@ -3363,7 +3359,7 @@ class FairQueue:
 
     def charge(self, step: Step) -> None:
         """A step's tokens were given to its sequences."""
-        for seq, count in zip(*step):
+        for seq, count in step.items():
             self._served[seq.tenant] += count
 
     def forget_idle(self, tenant: str, running: Iterable[Sequence]) -> None:
@@ -3457,11 +3453,9 @@ class Scheduler:
                 prompts.append(seq)
             elif not seq.is_full and len(decoding) < budget:
                 decoding.append(seq)
-        shares = self._share(prompts, budget - len(decoding))
-        chosen = [(seq, 1) for seq in decoding] + [(seq, share) for seq, share in zip(prompts, shares) if share > 0]
+        step = dict.fromkeys(decoding, 1) | self._share(prompts, budget - len(decoding))
         if len(decoding) == budget:  # more decode than budget: whoever ran goes behind those who did not
             self.running.sort(key=lambda seq: seq in decoding)
-        step = Step([seq for seq, _ in chosen], [share for _, share in chosen])
         self.waiting.charge(step)
         return step
 
@@ -3556,19 +3550,20 @@ class Scheduler:
                 surplus -= 1
             self._num_held = 0
 
-    def _share(self, prompts: list[Sequence], budget: int) -> list[int]:
-        """Tokens for each prompt (oldest first in `prompts`)."""
-        shares = [0] * len(prompts)
+    def _share(self, prompts: list[Sequence], budget: int) -> Step:
+        """Tokens for the prompts, the oldest of which comes first; those that get none are left out."""
         if not prompts:
-            return shares
-        wanted = [min(seq.num_remaining, self.MAX_SCORED) if seq.num_unscored else seq.num_remaining for seq in prompts]
-        reserved = min(wanted[0], -(-budget // 2))
-        left = budget - reserved
-        for i in sorted(range(1, len(prompts)), key=lambda i: prompts[i].num_remaining):
-            shares[i] = min(wanted[i], left)
-            left -= shares[i]
-        shares[0] = min(wanted[0], reserved + left)
-        return shares
+            return {}
+        oldest, *others = prompts
+        wanted = {seq: min(seq.num_remaining, self.MAX_SCORED) if seq.num_unscored else seq.num_remaining
+                  for seq in prompts}
+        reserved = min(wanted[oldest], -(-budget // 2))
+        left, shares = budget - reserved, dict.fromkeys(prompts, 0)
+        for seq in sorted(others, key=lambda seq: seq.num_remaining):
+            shares[seq] = min(wanted[seq], left)
+            left -= shares[seq]
+        shares[oldest] = min(wanted[oldest], reserved + left)
+        return {seq: share for seq, share in shares.items() if share}
 
 
 # ==============================================================================
@@ -3778,20 +3773,20 @@ class MachineProbe:
 
 def prepare_batch(step: Step, block_size: int) -> Batch:
     """The arrays of a step; of the logits, those for the next tokens come first, then those that score prompts."""
-    counts = np.array(step.num_scheduled_tokens)
-    computed = np.array([seq.num_computed_tokens for seq in step.sequences])
-    lengths = np.array([seq.num_tokens for seq in step.sequences])
-    tables = np.zeros((len(counts), max(len(seq.block_table) for seq in step.sequences)), np.int64)
-    for row, seq in enumerate(step.sequences):
+    counts = np.array(list(step.values()))
+    computed = np.array([seq.num_computed_tokens for seq in step])
+    lengths = np.array([seq.num_tokens for seq in step])
+    tables = np.zeros((len(counts), max(len(seq.block_table) for seq in step)), np.int64)
+    for row, seq in enumerate(step):
         tables[row, : len(seq.block_table)] = seq.block_table
     ends = np.cumsum(counts)
     starts = ends - counts - computed  # where a sequence's token 0 would stand
     positions = np.arange(ends[-1]) - np.repeat(starts, counts)
-    scored = [start + place for start, seq, count in zip(starts.tolist(), *step)
+    scored = [start + place for start, (seq, count) in zip(starts.tolist(), step.items())
               for place in seq.places_to_score(count)]
     slots = tables[np.repeat(np.arange(len(counts)), counts), positions // block_size] * block_size
     return Batch(
-        input_ids=np.array([token_id for seq, count in zip(*step) for token_id in
+        input_ids=np.array([token_id for seq, count in step.items() for token_id in
                             seq.token_ids[seq.num_computed_tokens : seq.num_computed_tokens + count]], np.int64),
         positions=positions, slot_mapping=slots + positions % block_size, cu_seqlens_q=np.concatenate(([0], ends)),
         block_tables=tables,
@@ -3821,18 +3816,18 @@ class ArrayRunner:
     def launch(self, step: Step) -> list[Sampled | None]:
         """A token for each sequence whose tokens are all computed then, else None."""
         logits = self._model.run(prepare_batch(step, self._model.block_size))
-        complete = [seq for seq, count in zip(*step) if count == seq.num_remaining]
+        complete = [seq for seq, count in step.items() if count == seq.num_remaining]
         self._score_prompts(step, logits[len(complete) :])
         tokens = iter(self._sampler.sample(
             logits[: len(complete)], [seq.params for seq in complete], [seq.seed for seq in complete],
             [seq.choice for seq in complete], [seq.num_tokens for seq in complete],
             [seq.history if seq.params.has_penalties else None for seq in complete],
             [self._mask(seq) if seq.needs_mask else None for seq in complete]) if complete else ())
-        return [next(tokens) if count == seq.num_remaining else None for seq, count in zip(*step)]
+        return [next(tokens) if count == seq.num_remaining else None for seq, count in step.items()]
 
     def _score_prompts(self, step: Step, logits: Any) -> None:
         """Keep the log-probabilities of prompt tokens that the step's sequences ask for."""
-        places = [(seq, place) for seq, count in zip(*step) for place in seq.places_to_score(count)]
+        places = [(seq, place) for seq, count in step.items() for place in seq.places_to_score(count)]
         scores = self._sampler.score(logits, [seq.token_ids[place + 1] for seq, place in places],
                                      [seq.params.prompt_logprobs for seq, _ in places])
         for (seq, _), score in zip(places, scores):
@@ -3916,15 +3911,15 @@ class CudaRunner:
     def launch(self, step: Step) -> LaunchedStep:
         """Start a step; its tokens are there once `collect` returns."""
         with self._backend.errors():
-            seats = [self._sit(seq) for seq in step.sequences]
-            complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in zip(*step)]
+            seats = [self._sit(seq) for seq in step]
+            complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in step.items()]
             self._send_masks(step, seats, complete)
-            if all(map(self._can_decode, step.sequences, seats)):
+            if all(map(self._can_decode, step, seats)):
                 self._launch_decode(seats)
                 drawn = range(len(seats))
             else:
                 drawn = self._launch_mixed(step, seats, complete)
-            for seq, seat, count, is_complete in zip(step.sequences, seats, step.num_scheduled_tokens, complete):
+            for (seq, count), seat, is_complete in zip(step.items(), seats, complete):
                 seat.next_position = seq.num_computed_tokens + count if is_complete else None
             return self._note(len(seats), drawn)
 
@@ -3975,7 +3970,7 @@ class CudaRunner:
     def _send_masks(self, step: Step, seats: list[Seat], complete: list[bool]) -> None:
         """Send what may come next where that changed: with a grammar always, else when min_tokens begins and ends."""
         masks, vocab_size = {}, self._model.config.vocab_size
-        for seq, seat, is_complete in zip(step.sequences, seats, complete):
+        for seq, seat, is_complete in zip(step, seats, complete):
             if not is_complete or not (seq.constraint or seq.params.min_tokens):
                 continue
             wanted = seq.needs_mask
@@ -4007,9 +4002,10 @@ class CudaRunner:
     def _launch_mixed(self, step: Step, seats: list[Seat], complete: list[bool]) -> list[int]:
         """Launch the kernels one by one: single tokens first, then prompts. Which sequences get a token, row by row."""
         self._send_patches()
+        sequences, counts = list(step), list(step.values())
         tokens, tiles, rows, drawn, scored = [], [], [], [], []
-        for i in sorted(range(len(seats)), key=lambda i: step.num_scheduled_tokens[i] > 1):
-            seq, count = step.sequences[i], step.num_scheduled_tokens[i]
+        for i in sorted(range(len(seats)), key=lambda i: counts[i] > 1):
+            seq, count = sequences[i], counts[i]
             start, first = seq.num_computed_tokens, len(tokens)
             if count > 1:
                 piece = self._backend.tokens_per_tile
@@ -4020,7 +4016,7 @@ class CudaRunner:
                 drawn.append(i)
             if seq.num_unscored:
                 scored += [(seq, place, first + place - start) for place in seq.places_to_score(count)]
-        self._run(self._backend.mixed_step(tokens, step.num_scheduled_tokens.count(1), tiles, rows))
+        self._run(self._backend.mixed_step(tokens, counts.count(1), tiles, rows))
         if scored:
             self._score_prompts(scored)
         return drawn
@@ -4149,8 +4145,7 @@ class Handle:
 class InFlight(NamedTuple):
     """A step that was launched and whose tokens were not read yet."""
 
-    step: Step
-    spans: list[tuple[int, int]]  # of each sequence: the tokens [start, stop) that the step computes
+    spans: dict[Sequence, tuple[int, int]]  # of each sequence the tokens [start, stop) that the step computes
     launched: Any  # what Runner.collect takes
 
 
@@ -4343,7 +4338,7 @@ class Engine:
         with self._lock:
             self._drop_aborted()
             step = self._schedule()
-        launched = self._launch(step) if step.sequences else None
+        launched = self._launch(step) if step else None
         if self._runner.looks_ahead:
             launched, self._in_flight = self._in_flight, launched
         if launched:
@@ -4352,9 +4347,9 @@ class Engine:
     def _schedule(self) -> Step:
         """The next step; an empty one where the tokens in flight must be read first."""
         if self._in_flight and not self.scheduler.can_look_ahead():
-            return Step([], [])
+            return {}
         step, now = self.scheduler.schedule(), time.monotonic()
-        for seq in step.sequences:
+        for seq in step:
             if len(seq.token_ids) == seq.num_prompt_tokens:
                 timing = self._handles[seq].timing
                 timing.started = timing.started or now
@@ -4376,13 +4371,13 @@ class Engine:
             self._fail(step, error)
             return None
         with self._lock:
-            spans = []
-            for seq, count in zip(*step):
-                spans.append((seq.num_computed_tokens, seq.num_computed_tokens + count))
+            spans = {}
+            for seq, count in step.items():
+                spans[seq] = seq.num_computed_tokens, seq.num_computed_tokens + count
                 seq.num_computed_tokens += count
                 if seq.num_computed_tokens == len(seq.token_ids):
                     seq.token_ids.append(PENDING)
-        return InFlight(step, spans, launched)
+        return InFlight(spans, launched)
 
     def _finish_step(self, flight: InFlight) -> None:
         """Wait for a step's tokens and hand them on."""
@@ -4394,7 +4389,7 @@ class Engine:
         """Record what was computed, fill in the tokens, end what has ended."""
         self._failures, size = 0, self.blocks.block_size
         self.metrics.stepped(len(drawn))
-        for seq, (start, stop), token in zip(flight.step.sequences, flight.spans, drawn):
+        for (seq, (start, stop)), token in zip(flight.spans.items(), drawn):
             if seq not in self._handles:  # it ended while this step was in flight
                 continue
             scores = seq.prompt_scores if stop == seq.num_prompt_tokens else ()
@@ -4436,9 +4431,9 @@ class Engine:
 
     def _fail(self, step: Step, error: Exception) -> None:
         """A run failed: its sequences end with an error; too many such runs in a row end the engine."""
-        log.error("a step of %d sequences failed", len(step.sequences), exc_info=error)
+        log.error("a step of %d sequences failed", len(step), exc_info=error)
         with self._lock:
-            for seq in step.sequences:
+            for seq in step:
                 self._end(seq, "error", EngineError(f"the model failed: {type(error).__name__}"))
             self._failures += 1
         if self._failures >= self.MAX_FAILURES:

@@ -310,8 +310,8 @@ def watch_launches(llm, monkeypatch):
     launch, send = engine._runner.launch, engine.model.backend.masks.send
 
     def watched(step):
-        assert not any(seq.constraint and seq.token_ids[-1] == PENDING for seq in step.sequences)
-        launches.append((len(step.sequences), engine._in_flight is not None))
+        assert not any(seq.constraint and seq.token_ids[-1] == PENDING for seq in step)
+        launches.append((len(step), engine._in_flight is not None))
         return launch(step)
 
     monkeypatch.setattr(engine._runner, "launch", watched)

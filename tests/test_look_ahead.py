@@ -27,14 +27,14 @@ class LateRunner(ArrayRunner):
         self.in_flight += 1
         self.num_ahead += self.in_flight == 2
         assert self.in_flight <= 2
-        hidden = [seq for seq in step.sequences if seq.token_ids[-1] == PENDING]
+        hidden = [seq for seq in step if seq.token_ids[-1] == PENDING]
         assert not any(seq.constraint for seq in hidden)
         for seq in hidden:
             seq.token_ids[-1] = self.newest[seq]
         drawn = super().launch(step)
         for seq in hidden:
             seq.token_ids[-1] = PENDING
-        self.newest.update((seq, token.token_id) for seq, token in zip(step.sequences, drawn) if token)
+        self.newest.update((seq, token.token_id) for seq, token in zip(step, drawn) if token)
         return drawn
 
     def collect(self, launched):

@@ -29,16 +29,16 @@ class Simulation:
 
     def schedule(self):
         step = self.scheduler.schedule()
-        assert sum(step.num_scheduled_tokens) <= self.budget and len(self.scheduler.running) <= self.max_num_seqs
-        assert len(set(step.sequences)) == len(step.sequences) and set(step.sequences) <= set(self.scheduler.running)
-        assert step.sequences or not self.scheduler.running
-        for seq, count in zip(*step):
+        assert sum(step.values()) <= self.budget and len(self.scheduler.running) <= self.max_num_seqs
+        assert set(step) <= set(self.scheduler.running)
+        assert step or not self.scheduler.running
+        for seq, count in step.items():
             assert 0 < count <= seq.num_remaining and len(seq.block_table) == self.blocks.blocks_for(seq.num_tokens)
         self.blocks.check(self.live)
         return step
 
     def update(self, step):
-        for seq, count in zip(*step):
+        for seq, count in step.items():
             before = seq.num_computed_tokens
             seq.num_computed_tokens += count
             self.blocks.name_full_blocks(seq, before, seq.num_computed_tokens)
@@ -55,7 +55,7 @@ class Simulation:
         assert self.steps < 20000, "no end"
         step = self.schedule()
         self.update(step)
-        return dict(zip(*step))
+        return step
 
     def remove(self, seq):
         self.scheduler.remove(seq)

@@ -33,7 +33,7 @@ class AtOnce:
         self._tokens = itertools.cycle([rustinfer.Sampled(token_id, None, None, True) for token_id in token_ids])
 
     def _draw(self, step):
-        complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in zip(*step)]
+        complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in step.items()]
         return [next(self._tokens) if drawn else None for drawn in complete]
 
     def launch(self, step):
