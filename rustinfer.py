@@ -3915,19 +3915,15 @@ class CudaRunner:
             complete = [len(seq.token_ids) - seq.num_computed_tokens == count for seq, count in step.items()]
             self._send_masks(step, seats, complete)
             if all(map(self._can_decode, step, seats)):
-                self._launch_decode(seats)
-                drawn = range(len(seats))
+                launched = self._launch_decode(seats)
             else:
-                drawn = self._launch_mixed(step, seats, complete)
+                launched = self._launch_mixed(step, seats, complete)
             for (seq, count), seat, is_complete in zip(step.items(), seats, complete):
                 seat.next_position = seq.num_computed_tokens + count if is_complete else None
-            return self._note(len(seats), drawn)
+            return launched
 
-    def _note(self, size: int, drawn: Iterable[int]) -> LaunchedStep:
-        """What is needed to collect: row r of the ring's next place belongs to the step's sequence drawn[r]."""
-        rows: list[int | None] = [None] * size
-        for row, index in enumerate(drawn):
-            rows[index] = row
+    def _note(self, rows: list[int | None]) -> LaunchedStep:
+        """What is needed to collect the tokens that were drawn just now; rows as in LaunchedStep."""
         done = self._backend.xp.cuda.Event(disable_timing=True)
         done.record(self._backend.stream)
         launched = LaunchedStep(done, self._num_drawn % self._backend.RING, rows)
@@ -3985,7 +3981,7 @@ class CudaRunner:
     def _can_decode(seq: Sequence, seat: Seat) -> bool:
         return seat.next_position == seq.num_computed_tokens == len(seq.token_ids) - 1
 
-    def _launch_decode(self, seats: list[Seat]) -> None:
+    def _launch_decode(self, seats: list[Seat]) -> LaunchedStep:
         """Replay the smallest graph that holds the sequences; rows behind them are padding."""
         size = next((size for size in self._graphs if size >= len(seats)), len(seats))
         wanted = [seat.index for seat in seats] + [self._config.max_num_seqs] * (size - len(seats))
@@ -3998,12 +3994,13 @@ class CudaRunner:
             self._graphs[size].launch(self._backend.stream)
         else:
             self._run(self._backend.decode_step(size))
+        return self._note(list(range(len(seats))))
 
-    def _launch_mixed(self, step: Step, seats: list[Seat], complete: list[bool]) -> list[int]:
-        """Launch the kernels one by one: single tokens first, then prompts. Which sequences get a token, row by row."""
+    def _launch_mixed(self, step: Step, seats: list[Seat], complete: list[bool]) -> LaunchedStep:
+        """Launch the kernels one by one: single tokens first, then prompts."""
         self._send_patches()
         sequences, counts = list(step), list(step.values())
-        tokens, tiles, rows, drawn, scored = [], [], [], [], []
+        tokens, tiles, rows, scored, row_of = [], [], [], [], [None] * len(seats)
         for i in sorted(range(len(seats)), key=lambda i: counts[i] > 1):
             seq, count = sequences[i], counts[i]
             start, first = seq.num_computed_tokens, len(tokens)
@@ -4012,14 +4009,15 @@ class CudaRunner:
                 tiles += [(first + at, min(piece, count - at)) for at in range(0, count, piece)]
             tokens += [(seq.token_ids[place], place, seats[i].index) for place in range(start, start + count)]
             if complete[i]:
+                row_of[i] = len(rows)
                 rows.append(len(tokens) - 1)
-                drawn.append(i)
             if seq.num_unscored:
                 scored += [(seq, place, first + place - start) for place in seq.places_to_score(count)]
         self._run(self._backend.mixed_step(tokens, counts.count(1), tiles, rows))
+        launched = self._note(row_of)  # before anything can fail: the card has counted these draws
         if scored:
             self._score_prompts(scored)
-        return drawn
+        return launched
 
     def _score_prompts(self, scored: list[tuple[Sequence, int, int]]) -> None:
         """Keep the log-probabilities behind (sequence, place, which token of the step); such a step is waited for."""

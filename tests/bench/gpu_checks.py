@@ -332,7 +332,7 @@ class OneLayer:
         self.put(self.ops.buffers.logits, logits)
         self.put(self.ops.buffers.positions, np.full(count, 19, np.int32))
         self.ops.sample(self.ops.prepare(self.ops.decode_step(count)))
-        return runner.collect(runner._note(count, range(count)))
+        return runner.collect(runner._note(list(range(count))))
 
     def scored(self, drawn: list) -> list:
         """The same tokens as if they had been given, from the same logits."""
