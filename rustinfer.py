@@ -3335,14 +3335,17 @@ class FairQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return (seq for line in self._lines.values() for seq in line)
 
+    def _line(self, tenant: str) -> deque[Sequence]:
+        """The tenant's line, begun where there is none."""
+        self._served.setdefault(tenant, min(self._served.values(), default=0))
+        return self._lines.setdefault(tenant, deque())
+
     def append(self, seq: Sequence) -> None:
-        self._served.setdefault(seq.tenant, min(self._served.values(), default=0))
-        self._lines.setdefault(seq.tenant, deque()).append(seq)
+        self._line(seq.tenant).append(seq)
 
     def put_first(self, seq: Sequence) -> None:
         """Back to the head of its tenant's line."""
-        self._served.setdefault(seq.tenant, min(self._served.values(), default=0))
-        self._lines.setdefault(seq.tenant, deque()).appendleft(seq)
+        self._line(seq.tenant).appendleft(seq)
 
     def remove(self, seq: Sequence) -> None:
         self._lines[seq.tenant].remove(seq)
