@@ -4089,7 +4089,7 @@ class Handle:
         """The tokens since the last call; waits for `at_least` of them, for the end, or for `timeout` seconds."""
         with self._changed:
             self._wanted = at_least
-            self._changed.wait_for(lambda: len(self._ready) >= at_least or self.finish_reason, timeout)
+            self._changed.wait_for(lambda: self.has_news, timeout)
             self._wanted, taken, self._ready = 1, self._ready, []
             return taken
 
@@ -4132,7 +4132,7 @@ class Handle:
         """Engine thread: hand over a token."""
         with self._changed:
             self._ready.append(token)
-            if len(self._ready) >= self._wanted:  # no thread is woken for less than it waits for
+            if self.has_news:  # no thread is woken for less than it waits for
                 self._changed.notify_all()
 
     def finish(self, reason: str, error: Exception | None = None) -> None:
