@@ -6052,7 +6052,7 @@ class Client:
         self.tenant, self._max_running, self.num_running = tenant, limits.max_concurrent_requests, 0
         rates = {"requests": limits.requests_per_minute, "tokens": limits.tokens_per_minute}
         self._allowances = {what: Allowance(rate) for what, rate in rates.items() if rate is not None}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a refusal is worded under it
 
     def take(self, what: str, amount: int) -> int:
         """Use so many requests or tokens, or raise RateLimitError; how many were taken: at most a minute's worth."""
@@ -6089,19 +6089,16 @@ class Client:
     def _refusal(self, message: str, wait: float) -> RateLimitError:
         return RateLimitError(f"rate limit: {message}; try again in {wait:.3g} s",
                               headers={**retry_after(wait), "retry-after-ms": str(math.ceil(wait * 1000)),
-                                       **self._headers()})
+                                       **self.headers()})
 
     def headers(self) -> dict[str, str]:
         """The x-ratelimit headers, as OpenAI names them."""
-        with self._lock:
-            return self._headers()
-
-    def _headers(self) -> dict[str, str]:
         headers = {}
-        for what, allowance in self._allowances.items():
-            headers |= {f"x-ratelimit-limit-{what}": str(allowance.per_minute),
-                        f"x-ratelimit-remaining-{what}": str(max(0, int(allowance.level))),
-                        f"x-ratelimit-reset-{what}": f"{allowance.seconds_until(allowance.per_minute):.3f}s"}
+        with self._lock:
+            for what, allowance in self._allowances.items():
+                headers |= {f"x-ratelimit-limit-{what}": str(allowance.per_minute),
+                            f"x-ratelimit-remaining-{what}": str(max(0, int(allowance.level))),
+                            f"x-ratelimit-reset-{what}": f"{allowance.seconds_until(allowance.per_minute):.3f}s"}
         return headers
 
 
