@@ -6251,16 +6251,13 @@ class Answer:
             parts.append((self._matcher.push(self._decoder.push(token.token_id) if shown else ""), [token]))
             if self._matcher.matched is not None:  # tokens drawn since then do not count
                 self.handle.abort("stop")
-                self._finish("stop", self._matcher.matched)
+                self._finish("stop")
                 break
         if self.finish_reason is None and self.handle.exhausted:
             if self.handle.error:
                 raise self.handle.error
-            rest = self._matcher.push(self._decoder.finish())
-            if self._matcher.matched is None:
-                rest += self._matcher.finish()
-            parts.append((rest, []))
-            self._finish(*self._end_of(self.handle.finish_reason))
+            parts.append((self._matcher.push(self._decoder.finish()) + self._matcher.finish(), []))
+            self._finish(self.handle.finish_reason)
         self.text += "".join(text for text, _ in parts)
         return parts
 
@@ -6286,14 +6283,14 @@ class Answer:
         """Characters that begin in a token's text."""
         return sum(byte & 0xC0 != 0x80 for byte in self._tokenizer.token_bytes(token_id))
 
-    def _end_of(self, reason: str) -> tuple[str, str | int | None]:
+    def _finish(self, reason: str) -> None:
+        """Note why the answer ended: a stop string counts before what the engine says."""
         if self._matcher.matched is not None:
-            return "stop", self._matcher.matched
-        last = self.tokens[-1].token_id if self.tokens else None
-        return reason, last if reason == "stop" and last in self._params.stop_token_ids else None
-
-    def _finish(self, reason: str, stop_reason: str | int | None) -> None:
-        self.finish_reason, self.stop_reason = reason, stop_reason
+            self.finish_reason, self.stop_reason = "stop", self._matcher.matched
+        else:
+            self.finish_reason = reason
+            if reason == "stop" and self.tokens[-1].token_id in self._params.stop_token_ids:
+                self.stop_reason = self.tokens[-1].token_id
 
     def request_output(self, prompt: Any) -> RequestOutput:
         seq, text = self.handle.seq, prompt if isinstance(prompt, str) else None
@@ -6303,11 +6300,10 @@ class Answer:
                              prompt_logprobs=scores)
 
     def result(self) -> CompletionOutput:
-        wanted = self._params.logprobs is not None
         return CompletionOutput(
             0, self.text, [token.token_id for token in self.tokens], self.finish_reason, self.stop_reason,
-            [self._logprobs(token) for token in self.tokens] if wanted else None,
-            math.fsum(token.logprob for token in self.tokens) if wanted else None)
+            [self._logprobs(token) for token in self.tokens] if self.wants_logprobs else None,
+            math.fsum(token.logprob for token in self.tokens) if self.wants_logprobs else None)
 
     def _logprobs(self, token: Sampled) -> dict[int, Logprob]:
         ranks = {token_id: rank for rank, (token_id, _) in enumerate(token.top, 1)}
