@@ -3584,7 +3584,7 @@ class Timing:
 
     def _span(self, start: float | None, stop: float | None) -> float:
         now = self.finished or time.monotonic()
-        return max(0.0, (now if stop is None else stop) - (now if start is None else start))
+        return (now if stop is None else stop) - (now if start is None else start)
 
     @property
     def queue_s(self) -> float:
@@ -3634,7 +3634,7 @@ class Metrics:
     """What the engine counted since it started; written under the engine's lock."""
 
     def __init__(self, model_name: str = ""):
-        self.requests: dict[str, int] = {}  # by finish reason
+        self.requests: Counter[str] = Counter()  # by finish reason
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.steps = 0
         self.ttft_s = self.queue_s = self.e2e_s = 0.0  # sums over finished requests
         self.registry = prometheus_client.CollectorRegistry()
@@ -3657,7 +3657,7 @@ class Metrics:
         self._histograms["batch_size"].observe(num_seqs)
 
     def finished(self, reason: str, seq: Sequence, timing: Timing) -> None:
-        self.requests[reason] = self.requests.get(reason, 0) + 1
+        self.requests[reason] += 1
         self.ttft_s += timing.ttft_s
         self.queue_s += timing.queue_s
         self.e2e_s += timing.e2e_s
