@@ -7988,7 +7988,6 @@ def serve(settings: dict[str, Any]) -> int:
         shutdown.wait()
     except Interrupted:
         pass
-    shutdown.loading = False
     log.info("shutting down")
     failed = llm is not None and llm.engine.dead is not None
     if server is not None:
