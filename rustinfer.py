@@ -3722,7 +3722,7 @@ class EngineCollector:
 
 
 class MachineProbe:
-    """The machine's load in the seed's shape; the card through the module pynvml where there is one."""
+    """The machine's load, as /v1/metrics shows it; the card's through the module pynvml where there is one."""
 
     def __init__(self, device_index: int | None = None, pci_bus_id: str | None = None):
         self._device_index, self._card, self._nvml = device_index, None, None
@@ -6443,18 +6443,18 @@ def default_sampling_params(folder: Path) -> SamplingParams:
 
 
 def count_kv_blocks(config: EngineConfig, model: Llama, max_model_len: int) -> int:
-    """KV blocks to allocate: as asked, or what free memory allows, never more than max_num_seqs full contexts."""
+    """KV blocks to allocate: as asked, else what free memory allows, at most enough for max_num_seqs full contexts."""
     block_bytes = model.kv_block_bytes()
-    wanted = config.max_num_seqs * -(-max_model_len // config.block_size)
     if config.kv_cache_memory is not None:
-        num_blocks = config.kv_cache_memory // block_bytes
+        num_blocks, found = config.kv_cache_memory // block_bytes, f"{config.kv_cache_memory} bytes"
     else:
-        num_blocks = min(wanted, model.backend.bytes_for_cache(config.gpu_memory_utilization) // block_bytes)
+        full = config.max_num_seqs * -(-max_model_len // config.block_size)
+        free = model.backend.bytes_for_cache(config.gpu_memory_utilization)
+        num_blocks, found = min(full, free // block_bytes), "what memory is free"
     if num_blocks < 1:
-        found = f"{config.kv_cache_memory} bytes" if config.kv_cache_memory is not None else "what memory is free"
         raise SettingsError(f"--kv-cache-memory: {found} is not enough; "
                             f"one block of {config.block_size} tokens takes {block_bytes} bytes")
-    return int(num_blocks)
+    return num_blocks
 
 
 def check_options(options: dict, settings: type, what: str) -> None:
