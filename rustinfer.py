@@ -3121,11 +3121,11 @@ class Sequence:
     """One prompt and its growing answer: tokens, where their KV lies, and how it may end."""
 
     def __init__(self, seq_id: int, prompt_token_ids: Seq[int], params: SamplingParams, seed: int, salt: bytes = b"",
-                 choice: int = 0, tenant: str = ""):
+                 choice: int = 0, tenant: str = "", constraint: Constraint | None = None,
+                 end_token_ids: Iterable[int] = ()):
         self.seq_id, self.params, self.seed, self.tenant, self.salt = seq_id, params, seed, tenant, salt
         self.choice = choice  # which of a request's n answers
-        self.constraint: Constraint | None = None  # Engine.submit sets these two
-        self.end_token_ids: frozenset[int] = frozenset()  # tokens that end the answer
+        self.constraint, self.end_token_ids = constraint, frozenset(end_token_ids)  # its shape; tokens that end it
         self.token_ids = list(prompt_token_ids)
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = math.inf if params.max_tokens is None else self.num_prompt_tokens + params.max_tokens
@@ -4212,9 +4212,9 @@ class Engine:
                 wait = self._wait_s(len(self.scheduler.waiting)) or 1
                 raise QueueFullError(f"{len(self.scheduler.waiting)} requests wait and --max-queue is "
                                      f"{self.config.max_queue}; try again later", headers=retry_after(wait))
-            seq = Sequence(self._next_id, prompt_token_ids, params, seed, tenant.salt, choice, tenant.name)
-            seq.constraint = constraint
-            seq.end_token_ids = frozenset(params.stop_token_ids) | (set() if params.ignore_eos else self.eos_token_ids)
+            ends = (*params.stop_token_ids, *(() if params.ignore_eos else self.eos_token_ids))
+            seq = Sequence(self._next_id, prompt_token_ids, params, seed, tenant.salt, choice, tenant.name, constraint,
+                           ends)
             self._next_id += 1
             handle = self._handles[seq] = Handle(self, seq, changed)
             self.scheduler.add(seq)
