@@ -3421,11 +3421,10 @@ class Scheduler:
         """
         if len(self.waiting) < most:
             return False
-        lines, places = self.waiting.lengths(), self.max_num_seqs - len(self.running)
+        lines = self.waiting.lengths()
         if lines.setdefault(tenant, 0) < most // len(lines):
             return False
-        if places and self._room_for(self.waiting.next(self.running)) is None:
-            places = 0
+        places = self.max_num_seqs - len(self.running) if self._can_admit() else 0
         return len(self.waiting) - places >= most
 
     def hold(self, seq: Sequence, on: bool) -> None:
@@ -3492,7 +3491,7 @@ class Scheduler:
 
         Nobody can be admitted or must be preempted then, and no grammar is to go on behind such a token.
         """
-        if self._asked or self.waiting and (len(self.running) < self.max_num_seqs or self._num_held >= self.PATIENCE):
+        if self._asked or self.waiting and (self._can_admit() or self._num_held >= self.PATIENCE):
             return False
         if any(seq.constraint and seq.token_ids[-1] == PENDING and not seq.is_full for seq in self.running):
             return False
@@ -3526,6 +3525,11 @@ class Scheduler:
             if not seq.num_preemptions:
                 seq.num_cached_tokens = seq.num_computed_tokens
             self.running.append(seq)
+
+    def _can_admit(self) -> bool:
+        """True when the next in turn of those who wait finds a place and its blocks."""
+        return (len(self.running) < self.max_num_seqs
+                and self._room_for(self.waiting.next(self.running)) is not None)
 
     def _room_for(self, seq: Sequence) -> list[int] | None:
         """The cached blocks that a sequence begins with; None if the others that it needs are not free."""

@@ -91,6 +91,16 @@ def test_preemption_waits_for_the_tokens_in_flight(open_late, folder):
     assert llm.engine.snapshot()["num_preemptions"] > 0 and llm.engine._runner.num_ahead > 20
 
 
+def test_who_waits_for_blocks_holds_nobody_up(open_late, folder):
+    config = rustinfer.ModelConfig.load(folder)
+    block_bytes = 2 * config.num_layers * 16 * config.num_kv_heads * config.head_dim * 4
+    llm = open_late(kv_cache_memory=5 * block_bytes)
+    running = llm.engine.submit(PROMPT, GREEDY)  # grows to 4 blocks
+    large = llm.engine.submit(PROMPT * 3, SamplingParams(max_tokens=20, ignore_eos=True))
+    assert len(list(running)) == 40 and llm.engine._runner.num_ahead > 20
+    assert len(list(large)) == 20 and large.timing.started > running.timing.finished
+
+
 def test_tokens_after_a_stop_are_dropped(open_late):
     llm = open_late()
     whole = [token.token_id for token in llm.engine.submit(PROMPT, GREEDY)]
