@@ -109,12 +109,12 @@ class TestTiming:
 
     def test_pings_keep_a_silent_stream_awake(self, tiny_llm, monkeypatch):
         monkeypatch.setattr(rustinfer, "PING_INTERVAL", 0.05)
-        with slowed(tiny_llm, 0.3), local_server(tiny_llm) as server, RawConnection(server.port) as raw:
+        with slowed(tiny_llm, 1), local_server(tiny_llm) as server, RawConnection(server.port) as raw:
             raw.send_request("POST", CHAT, chat_body(stream=True, max_tokens=2, ignore_eos=True))
             raw.read_head()
             chunks = list(raw.read_chunks())
         body = b"".join(chunks)
-        assert 4 <= chunks.count(b": ping\n\n") <= 14
+        assert 4 <= chunks.count(b": ping\n\n") <= 40  # a busy machine has fewer
         assert parse_events(body)[-1] == "[DONE]" and b"\nid:" not in body
 
     def test_text_that_is_held_back_causes_no_pings(self, tiny_server):
