@@ -150,10 +150,11 @@ def nvrtc_version() -> str:
     return importlib.metadata.version("nvidia-cuda-nvrtc")
 
 
-def compile_text(text: str, name: str, arch: str, macros: dict[str, int]) -> tuple[bytes, str, str]:
+def compile_text(text: str, name: str, arch: str, macros: dict[str, int], headers: Path = KERNELS
+                 ) -> tuple[bytes, str, str]:
     """(cubin, PTX, log) of CUDA source; raises ValueError with the compiler's words."""
     library, program = nvrtc(), ctypes.c_void_p()
-    options = [f"-arch={arch}", *OPTIONS, f"-I{KERNELS}", *(f"-D{name}={value}" for name, value in macros.items())]
+    options = [f"-arch={arch}", *OPTIONS, f"-I{headers}", *(f"-D{name}={value}" for name, value in macros.items())]
     library.nvrtcCreateProgram(ctypes.byref(program), text.encode(), name.encode(), 0, None, None)
     try:
         result = library.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(
