@@ -4021,7 +4021,7 @@ class CudaRunner:
             if seq.num_unscored:
                 scored += [(seq, place, first + place - start) for place in seq.places_to_score(count)]
         self._run(self._backend.mixed_step(tokens, counts.count(1), tiles, rows))
-        launched = self._note(row_of)  # before anything can fail: the card has counted these draws
+        launched = self._note(row_of)
         if scored:
             self._score_prompts(scored)
         return launched

@@ -471,19 +471,6 @@ def test_a_preempted_sequence_keeps_its_scores(open_llm, monkeypatch, lengths, n
     assert set(scored) & set(counts)
 
 
-def test_memory_that_is_short_for_scores_ends_that_request_and_changes_no_other(open_llm, scored_alone, monkeypatch):
-    llm = open_llm()
-    request = scored_requests()[3]
-
-    def fail(*given):
-        raise cupy_cpu.OutOfMemoryError("full")
-
-    with monkeypatch.context() as patch, pytest.raises(EngineError, match="SettingsError"):
-        patch.setattr(llm.engine.model.backend, "score_step", fail)
-        list(llm.engine.submit(*request))
-    assert scored_answer(llm.engine.submit(*request)) == scored_alone[3]
-
-
 def test_requests_that_end_while_they_are_scored_change_nothing(open_llm, scored_alone):
     llm, rng, noise, handles = open_llm(max_num_batched_tokens=32), np.random.default_rng(5), [], []
     for request in scored_requests():
