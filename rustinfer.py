@@ -7354,7 +7354,7 @@ class Server:
 
     def attach(self, llm: LLM | None) -> None:
         """The model is loaded: answer requests."""
-        self._probe = MachineProbe(*((llm.device_index, llm.pci_bus_id) if llm else ()))
+        self._probe = MachineProbe(llm.device_index, llm.pci_bus_id) if llm else MachineProbe()
         self._registry = prometheus_client.CollectorRegistry()
         prometheus_client.ProcessCollector(registry=self._registry)
         if llm:
