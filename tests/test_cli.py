@@ -200,7 +200,8 @@ class TestStart:
             assert server.get("/v1/models")[2]["data"][0]["id"] == "my/model"
             assert server.stop() == 0
             [line] = server.process.stdout.read().splitlines()
-            assert re.fullmatch(r"rustinfer \S+ serves my/model \(0\.1M parameters\) on .+ \(--device cpu.*\), "
+            on_what = r"(.+ \(--device cpu\)|NumPy \(--device cpu; no C kernels: there is no C compiler .+\))"
+            assert re.fullmatch(rf"rustinfer \S+ serves my/model \(0\.1M parameters\) on {on_what}, "
                                 rf"KV cache \d+ tokens, context 512, at http://127\.0\.0\.1:{server.port}", line)
             assert re.search(r"INFO listening on .*loading the model\n.*INFO loading 100%\n", server.log)
             assert server.log.splitlines()[-1].endswith("INFO stopped")
