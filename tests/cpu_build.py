@@ -7,7 +7,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from harness import ROOT, need_tool
+from harness import ROOT, need_compiler
 
 FOLDER = tempfile.TemporaryDirectory(prefix="rustinfer-cpu-")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-march=native", "-fPIC", "-shared", "-fvisibility=hidden",
@@ -21,7 +21,7 @@ def new_folder() -> Path:
 
 def compile_c(name: str, *arguments: str | Path, compiler: str | None = None) -> Path:
     """What the system's compiler, or another one, makes of some flags and sources, in a new folder."""
-    compiler, path = compiler or need_tool("cc", "gcc", "clang"), new_folder() / name
+    compiler, path = compiler or need_compiler(), new_folder() / name
     subprocess.run([compiler, *arguments, "-o", path], check=True)
     return path
 

@@ -45,6 +45,11 @@ def need_tool(*names: str, promise: str = "RUSTINFER_TEST_ALL") -> str:
     return path
 
 
+def need_compiler() -> str:
+    """The C compiler that the kernels are compiled with, as `need_tool`."""
+    return need_tool("cc", "gcc", "clang")
+
+
 def need_client(name: str):
     """A module of a client that the extra `clients` installs; without it the module that calls this is skipped."""
     if importlib.util.find_spec(name) is None:

@@ -5,7 +5,7 @@ import pytest
 from make_references import random_checkpoint
 
 import rustinfer
-from harness import need_tool
+from harness import need_compiler
 
 SHAPES = {
     "gqa1-odd-sizes": dict(seed=1, hidden_size=40, intermediate_size=72, num_attention_heads=2, num_kv_heads=2,
@@ -145,7 +145,7 @@ def test_small_models_have_the_same_bits_on_one_thread(folder, alone, monkeypatc
 
 
 def test_shapes_that_the_c_kernels_take_ran_on_them(folder):
-    need_tool("cc", "gcc", "clang")
+    need_compiler()
     with rustinfer.LLM(folder, device="cpu") as llm:
         assert llm.backend_name.startswith("C kernels") == ("c-kernels" in folder.parent.name)
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from harness import REFERENCES, ROOT, ServerProcess, need_tool, reference_answers, wait_for
+from harness import REFERENCES, ROOT, ServerProcess, need_compiler, reference_answers, wait_for
 from make_references import random_checkpoint
 
 import rustinfer
@@ -33,7 +33,7 @@ SOURCES = {"one.c": '#include "shared.h"\nEXPORT int one(void) { return ONE; }\n
 @pytest.fixture(scope="module", autouse=True)
 def module_cache(tmp_path_factory):
     """A cache for this file's tests, which do not depend on what earlier starts left."""
-    need_tool("cc", "gcc", "clang")
+    need_compiler()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("CC", raising=False)
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -67,7 +67,7 @@ def write_files(folder, texts):
 
 def compiler_script(path, before):
     """A compiler that runs some lines of shell and then the system's."""
-    path.write_text(f'#!/bin/sh\n{before}\nexec {need_tool("cc", "gcc", "clang")} "$@"\n')
+    path.write_text(f'#!/bin/sh\n{before}\nexec {need_compiler()} "$@"\n')
     path.chmod(0o755)
     return str(path)
 
@@ -163,7 +163,7 @@ def test_two_processes_that_compile_at_once_both_get_a_whole_library(sources, ca
 
 
 def test_compiler_is_the_first_of_cc_gcc_and_clang(sources, tmp_path, monkeypatch):
-    real, path = need_tool("cc", "gcc", "clang"), os.environ["PATH"]
+    real, path = need_compiler(), os.environ["PATH"]
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in ("clang", "gcc", "cc"):
         (tmp_path / name).write_text(f'#!/bin/sh\nPATH={path}\nexec {real} "$@"\n')

@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 from cpu_build import FLAGS, compile_c
-from harness import ROOT, need_tool
+from harness import ROOT, need_compiler, need_tool
 
 SOURCES = sorted((ROOT / "kernels").glob("*.c"))
 PLAIN = [flag for flag in FLAGS if flag not in ("-march=native", "-shared")]
@@ -23,7 +23,7 @@ X86 = {  # an architecture: what its code must have, and what it cannot have
 @pytest.fixture(scope="module")
 def x86():
     """Skips where the compiler makes code for something else."""
-    compiler = need_tool("cc", "gcc", "clang")
+    compiler = need_compiler()
     if "x86" not in subprocess.run([compiler, "-dumpmachine"], capture_output=True, text=True, check=True).stdout:
         pytest.skip("the compiler makes no code for x86")
 

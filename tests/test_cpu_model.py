@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import rustinfer
-from harness import DEMO, REFERENCE_NAMES, REFERENCES, ROOT, need_tool, reference_answers
+from harness import DEMO, REFERENCE_NAMES, REFERENCES, ROOT, need_compiler, reference_answers
 from rustinfer import FLOAT32, PAIRS, TILED, Batch, Checkpoint, CpuBackend, EngineConfig, Llama, ModelConfig
 
 MAX_LEN, BLOCK_SIZE = 2048, 16
@@ -40,7 +40,7 @@ class Runner:
 
 @pytest.fixture(scope="module")
 def kernels():
-    need_tool("cc", "gcc", "clang")
+    need_compiler()
     return rustinfer.open_kernels(rustinfer.KernelCompiler(ROOT / "kernels").library())
 
 

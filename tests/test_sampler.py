@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 import strict_device
-from harness import REFERENCES, need_tool
+from harness import REFERENCES, need_compiler
 from rustinfer import (ArrayBackend, CpuBackend, CpuSampler, EngineConfig, ModelConfig, Sampler, SamplingParams,
                        philox_uniform, pick_backend)
 
@@ -290,7 +290,7 @@ def test_logprobs_are_of_the_plain_distribution_and_sum_to_one(sampler):
 def any_sampler(request):
     """The specification and the sampler of the C kernels."""
     off = request.param == "numpy"
-    off or need_tool("cc", "gcc", "clang")
+    off or need_compiler()
     config = EngineConfig(device="cpu", cpu_kernels="off" if off else "auto")
     backend, reason = pick_backend(config, ModelConfig.load(REFERENCES / "llama3-tied"))
     assert off or isinstance(backend, CpuBackend), reason
